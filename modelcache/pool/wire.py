@@ -1,0 +1,59 @@
+"""The frames that parent and worker exchange. Shared by both, so it imports ``struct`` alone.
+
+Each worker has two lanes, both stream sockets carrying ``header + payload`` frames in little-endian order.
+Every header starts with the payload's length, then the kind of the frame:
+
+*Request lane* (rows and predictions; served by the worker's main thread)::
+
+    PREDICT  call, model, output, deadline, rows x columns   payload: float32, row-major
+    CANCEL   call                                            skip this call if it has not run
+    PING     call                                            answered by PONG: the main thread is alive
+    RESULT   call, seconds, shape                            payload: float32, row-major
+    ERROR    call                                            payload: message, UTF-8
+
+*Artifact lane* (bytes of models; served by the worker's loader thread)::
+
+    BEGIN    model, allowed      an artifact follows; `allowed` is the unpacked size its reservation covers, 0 to be
+                                 told by NEED what the first chunk announces
+    CHUNK    model               payload: the next bytes of the artifact
+    END      model               the artifact is complete: load it
+    GRANT    model, allowed      the reservation has grown
+    UNLOAD   model               free the model, or forget the artifact
+    MEASURE                      report the heap
+
+    HELLO    pid                 the worker is up; payload: JSON
+    NEED     model, bytes        unpacked, this artifact takes more than `allowed`; waits for GRANT or UNLOAD
+    STARTED  model               the parser begins: if the worker dies now, this artifact did it
+    LOADED   model, bytes        measured heap; payload: JSON with what the model says of itself
+    FAILED   model               payload: JSON with kind and message
+    UNLOADED model, bytes        measured heap that was freed
+    HEAP     model, bytes        answers MEASURE: bytes in use
+
+Deadlines are seconds of CLOCK_MONOTONIC, which all processes of a host share; 0.0 means none. No frame carries
+anything that is executed or unpickled on the other side.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+
+# kinds, request lane
+PREDICT, CANCEL, PING, PONG, RESULT, ERROR = range(1, 7)
+# kinds, artifact lane
+BEGIN, CHUNK, END, GRANT, UNLOAD, MEASURE = range(16, 22)
+HELLO, NEED, STARTED, LOADED, FAILED, UNLOADED, HEAP = range(32, 39)
+
+OUTPUTS = ("value", "margin", "leaf", "contribs")
+"""What a call may ask for; a frame carries the index."""
+
+REQUEST = Struct("<IBBHIIIId")
+"""PREDICT, CANCEL, PING: payload length, kind, output, 0, call, model, rows, columns, deadline."""
+
+REPLY = Struct("<IBBHIIIIf")
+"""RESULT, ERROR, PONG: payload length, kind, dimensions, 0, call, shape (three numbers), seconds of prediction."""
+
+ARTIFACT = Struct("<IBBHIQ")
+"""Artifact lane, both directions: payload length, kind, 0, 0, model, bytes."""
+
+PAYLOAD_LIMIT = 1 << 20
+"""Largest payload the parent puts into one frame, unless a single row is larger."""

@@ -1,0 +1,75 @@
+"""A worker process: two threads, two lanes, no event loop.
+
+Started by its path, ``python .../modelcache/worker/__main__.py REQUESTS ARTIFACTS THREADS PREDICTOR``, with two
+socket descriptors. Ends when the parent closes the request lane or dies; ignores Ctrl-C, which is the parent's to
+decide about.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+if __name__ == "__main__" and "modelcache" not in sys.modules:
+    # The package's __init__ imports asyncio and the stores, which a worker never needs: an empty package in its
+    # place lets the modules below it be imported by themselves.
+    _package = ModuleType("modelcache")
+    _package.__path__ = [str(Path(__file__).resolve().parent.parent)]
+    sys.modules["modelcache"] = _package
+
+import faulthandler
+import os
+import signal
+import socket
+import threading
+import traceback
+from functools import partial
+from typing import TYPE_CHECKING, NoReturn
+
+from modelcache.worker.heap import Heap
+from modelcache.worker.loading import ArtifactLane
+from modelcache.worker.predicting import RequestLane
+from modelcache.worker.predictors import resolve
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from modelcache.worker.models import Models
+
+_GIL_HANDOVER = 0.0001
+"""Seconds until a thread that holds the GIL is asked for it: the default of 5 ms would be the latency of a warm call
+that arrives while the loader thread runs Python code."""
+
+_BROKEN = 70
+"""Exit code of a worker that met a fault of its own (EX_SOFTWARE)."""
+
+
+def main(requests: int, artifacts: int, threads: int, predictor: str) -> None:
+    """Serve both lanes until the parent goes away."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    faulthandler.enable()
+    sys.setswitchinterval(_GIL_HANDOVER)
+    models: Models = {}
+    lane = ArtifactLane(socket.socket(fileno=artifacts), models, heap=Heap(), threads=threads)
+    load_forever = partial(lane.run, lambda: resolve(predictor))
+    threading.Thread(target=_until_parent_leaves, args=(load_forever,), daemon=True).start()
+    _until_parent_leaves(RequestLane(socket.socket(fileno=requests), models).run)
+
+
+def _until_parent_leaves(serve: Callable[[], None]) -> NoReturn:
+    """Run ``serve`` and end the whole process after it: neither thread is of use without the other."""
+    status = 0
+    try:
+        serve()
+    except ConnectionError:
+        pass  # the parent is gone: the ordinary end
+    except BaseException:  # noqa: BLE001 - a thread that dies silently would leave its callers waiting for ever
+        traceback.print_exc()
+        status = _BROKEN
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

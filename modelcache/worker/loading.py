@@ -1,0 +1,199 @@
+"""The artifact lane: unpack artifacts as their bytes arrive, load them, measure them, free them.
+
+Runs in a thread of its own. Unpacking (zlib) and parsing (XGBoost) release the GIL, so that the main thread goes on
+predicting. Several artifacts may be arriving at once; they are loaded one at a time, which is what makes the heap
+readings before and after belong to one model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from os import sched_yield
+from pathlib import Path
+from threading import Thread
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from modelcache.pool import wire
+from modelcache.worker.artifact import ArtifactError, ArtifactReader
+from modelcache.worker.models import LoadedModel
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
+    from modelcache.worker.artifact import Unpacked
+    from modelcache.worker.heap import Heap
+    from modelcache.worker.models import Models
+    from modelcache.worker.predictors import Predictor
+
+_TRIM_AFTER = 256 << 10
+"""Freed bytes that may stay with the allocator: returning them costs up to milliseconds, so not for each model."""
+
+_LEAST_PLAUSIBLE, _MOST_PLAUSIBLE = 0.5, 4.0
+"""Heap per unpacked byte of the models seen lies between 0.98 and 1.63."""
+
+_FIXED_HEAP = 256 << 10
+"""What even a tiny model may take beyond its bytes."""
+
+_ESTIMATED_HEAP = 1.65
+"""Heap per unpacked byte where the allocator tells nothing."""
+
+
+class _Arriving:
+    """An artifact of which not all has come yet, or which waits for its reservation to grow."""
+
+    def __init__(self, allowed: int) -> None:
+        self.reader = ArtifactReader()
+        self.allowed = allowed
+        self.asked = 0
+        self.complete = False
+
+    @property
+    def short_of(self) -> int:
+        """The unpacked bytes to ask for, 0 if the reservation covers what is known so far."""
+        # With nothing allowed the parent wants to know what to reserve: it is told after the first chunk.
+        declared = max(self.reader.declared, 1)
+        if declared <= max(self.allowed, self.asked):
+            return 0
+        # Without an announced size the artifact may go on growing: do not ask again for each chunk.
+        self.asked = declared if declared > 2 * self.allowed or self.complete else 2 * self.allowed
+        return self.asked
+
+
+class ArtifactLane:
+    """Serve loads and unloads from ``sock`` into ``models`` until the parent closes the other end."""
+
+    def __init__(self, sock: socket.socket, models: Models, *, heap: Heap, threads: int) -> None:
+        self._sock = sock
+        self._models = models
+        self._heap = heap
+        self._threads = threads
+        self._predictor: type[Predictor]
+        self._arriving: dict[int, _Arriving] = {}
+        self._freed = 0
+
+    def run(self, find_predictor: Callable[[], type[Predictor]]) -> None:
+        """Report that the worker is up, or why it cannot be; then serve until end of file."""
+        try:
+            self._predictor = find_predictor()
+            self._warm_up()
+        except Exception as error:  # noqa: BLE001 - the parent tells the user, whatever it is
+            self._send(wire.HELLO, 0, os.getpid(), {"error": f"{error}"})
+            return
+        self._send(wire.HELLO, 0, os.getpid(), {"exact_heap": self._heap.exact})
+        with self._sock.makefile("rb", buffering=256 << 10) as stream:
+            while len(header := stream.read(wire.ARTIFACT.size)) == wire.ARTIFACT.size:
+                size, kind, _, _, model, number = wire.ARTIFACT.unpack(header)
+                self._take(kind, model, number, stream.read(size) if size else b"")
+
+    def _warm_up(self) -> None:
+        """Pay the library's one-time costs now: the first model would be charged for them, in time and bytes."""
+        warm_up = getattr(self._predictor, "warm_up", None)
+        if warm_up is not None:
+            warm_up()
+
+    def _take(self, kind: int, model: int, number: int, payload: bytes) -> None:
+        if kind == wire.BEGIN:
+            self._arriving[model] = _Arriving(number)
+        elif kind == wire.UNLOAD:
+            self._unload(model)
+        elif kind == wire.MEASURE:
+            self._send(wire.HEAP, 0, self._heap.in_use())
+        elif model in self._arriving:  # the artifact may have been refused while its chunks were on the way
+            try:
+                self._advance(kind, model, number, payload)
+            except ArtifactError as error:
+                self._fail(model, error.kind, error)
+
+    def _advance(self, kind: int, model: int, number: int, payload: bytes) -> None:
+        arriving = self._arriving[model]
+        if kind == wire.CHUNK:
+            arriving.reader.feed(payload)
+        elif kind == wire.END:
+            arriving.complete = True
+        elif kind == wire.GRANT:
+            arriving.allowed = number
+        if short := arriving.short_of:
+            self._send(wire.NEED, model, short)
+        elif arriving.complete and arriving.allowed >= arriving.reader.declared:
+            self._load(model, arriving.reader.finish())
+
+    def _load(self, model: int, unpacked: Unpacked) -> None:
+        before, started = self._heap.in_use(), perf_counter()
+        self._send(wire.STARTED, model)
+        try:
+            predictor = self._predictor.load(memoryview(unpacked.data), threads=self._threads)
+        except Exception as error:  # noqa: BLE001 - whatever a predictor raises says what is wrong with the bytes
+            self._fail(model, "corrupt", error)
+            return
+        seconds = perf_counter() - started
+        size = _plausible(self._heap.in_use() - before, len(unpacked.data))
+        del self._arriving[model]
+        self._models[model] = LoadedModel(predictor)
+        self._send(wire.LOADED, model, size, _facts(predictor, unpacked, seconds))
+        self._give_back(len(unpacked.data))
+
+    def _unload(self, model: int) -> None:
+        before = self._heap.in_use()
+        self._arriving.pop(model, None)
+        loaded = self._models.pop(model, None)
+        if loaded is not None:
+            _run_in_thread_of_its_own(loaded.free)
+        freed = max(0, before - self._heap.in_use())
+        self._give_back(freed)
+        self._send(wire.UNLOADED, model, freed)
+
+    def _fail(self, model: int, kind: str, error: Exception) -> None:
+        del self._arriving[model]
+        self._send(wire.FAILED, model, 0, {"kind": kind, "message": str(error), "facts": getattr(error, "facts", {})})
+
+    def _give_back(self, freed: int) -> None:
+        self._freed += freed
+        if self._freed >= _TRIM_AFTER:
+            self._heap.trim()
+            self._freed = 0
+
+    def _send(self, kind: int, model: int, number: int = 0, facts: dict[str, Any] | None = None) -> None:
+        payload = json.dumps(facts).encode() if facts is not None else b""
+        self._sock.sendall(wire.ARTIFACT.pack(len(payload), kind, 0, 0, model, number) + payload)
+
+
+def _run_in_thread_of_its_own(free: Callable[[], None]) -> None:
+    """Run ``free`` so that what it frees is free in the allocator's books too.
+
+    glibc keeps some of the chunks that a thread frees in a cache of that thread, where they count as in use, and the
+    next load takes them from there unseen: a small model then seems to take half of what it does. The cache is given
+    back when the thread has ended, which is a moment after Python has left it.
+    """
+    thread = Thread(target=free)
+    thread.start()
+    task = Path("/proc/self/task", str(thread.native_id))
+    thread.join()
+    while task.exists():
+        sched_yield()
+
+
+def _plausible(measured: int, unpacked: int) -> int:
+    """Return ``measured`` unless something else must have allocated or freed meanwhile."""
+    if _LEAST_PLAUSIBLE * unpacked <= measured <= _MOST_PLAUSIBLE * unpacked + _FIXED_HEAP:
+        return measured
+    return int(_ESTIMATED_HEAP * unpacked)
+
+
+def _facts(predictor: Predictor, unpacked: Unpacked, seconds: float) -> dict[str, Any]:
+    names = predictor.feature_names
+    return {
+        "seconds": seconds,
+        "unpacked_bytes": len(unpacked.data),
+        "format": unpacked.format,
+        "container": unpacked.container,
+        "n_features": predictor.n_features,
+        "feature_names": list(names) if names else None,
+        "n_outputs": predictor.n_outputs,
+        "objective": getattr(predictor, "objective", None),
+        "booster": getattr(predictor, "booster", None),
+        "n_trees": getattr(predictor, "n_trees", None),
+        "best_iteration": getattr(predictor, "best_iteration", None),
+    }

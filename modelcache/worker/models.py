@@ -1,0 +1,33 @@
+"""The models of one worker, shared by its two threads."""
+
+from __future__ import annotations
+
+from threading import Lock
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from modelcache.worker.predictors import Matrix, Predictor
+
+
+class LoadedModel:
+    """A model that the main thread predicts with and the loader thread may free between two predictions."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        self._predictor: Predictor | None = predictor
+        self._lock = Lock()
+
+    def predict(self, rows: Matrix, output: str) -> Matrix:
+        """Return the predictor's answer; LookupError once the model has been freed."""
+        with self._lock:
+            if self._predictor is None:
+                raise LookupError("the model has been unloaded")
+            return self._predictor.predict(rows, output)
+
+    def free(self) -> None:
+        """Drop the model; waits for a prediction that is using it, and frees in the calling thread."""
+        with self._lock:
+            self._predictor = None
+
+
+Models = dict[int, LoadedModel]
+"""By the number the parent gave. Each operation on it is atomic, so that the threads need no lock around it."""

@@ -1,0 +1,219 @@
+"""The request lane: drain the socket, group what waits by model, predict once per group, answer in one write.
+
+This is natural batching: a batch is whatever arrived while the worker was busy. Nothing is ever delayed in the hope of
+a larger one. Between two groups the socket is drained again, so that a cancellation or a call for a model that is
+already waiting is seen before the next prediction starts.
+"""
+
+from __future__ import annotations
+
+import socket
+from time import monotonic, perf_counter
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from modelcache.pool import wire
+from modelcache.worker.predictors import StagedRows, interface_of
+
+if TYPE_CHECKING:
+    from modelcache.worker.models import Models
+    from modelcache.worker.predictors import Matrix
+
+_ANSWERS_HELD = 0.001
+"""Seconds of finished answers that may wait for the rest of the backlog before they are sent."""
+
+
+_SHAPES_KEPT = 4096
+
+
+class _Call(NamedTuple):
+    number: int
+    rows: int
+    deadline: float
+    payload: bytes
+
+
+class _GroupKey(NamedTuple):
+    model: int
+    output: int
+    columns: int
+
+
+class RequestLane:
+    """Serve predictions from ``sock`` with ``models`` until the parent closes the other end."""
+
+    def __init__(self, sock: socket.socket, models: Models) -> None:
+        self._inbox = _Inbox(sock)
+        self._sock = sock
+        self._models = models
+        self._staging = _Staging(wire.PAYLOAD_LIMIT // 4)
+        self._groups: dict[_GroupKey, list[_Call]] = {}
+        self._cancelled: set[int] = set()
+        self._answers: list[bytes] = []
+        self._flushed = monotonic()
+
+    def run(self) -> None:
+        """Serve until end of file."""
+        while self._inbox.fill(wait=not self._groups):
+            for header, payload in self._inbox.frames():
+                self._take(header, payload)
+            if self._groups:
+                self._predict_oldest_group()
+            if not self._groups:
+                self._cancelled.clear()
+                self._flush()
+            elif monotonic() - self._flushed > _ANSWERS_HELD:
+                self._flush()
+
+    def _take(self, header: tuple[int, ...], payload: memoryview) -> None:
+        _, kind, output, _, number, model, rows, columns, deadline = header
+        if kind == wire.PREDICT:
+            call = _Call(number, rows, deadline, bytes(payload))
+            self._groups.setdefault(_GroupKey(model, output, columns), []).append(call)
+        elif kind == wire.CANCEL:
+            self._cancelled.add(number)
+        elif kind == wire.PING:
+            self._answers.append(wire.REPLY.pack(0, wire.PONG, 0, 0, number, 0, 0, 0, 0.0))
+
+    def _predict_oldest_group(self) -> None:
+        key = next(iter(self._groups))
+        calls = self._groups.pop(key)
+        calls = self._still_wanted(calls)
+        batch, rest = _split(calls, self._staging.capacity // key.columns)
+        if rest:
+            self._groups[key] = rest
+        if batch:
+            self._predict(key, batch)
+
+    def _still_wanted(self, calls: list[_Call]) -> list[_Call]:
+        """Drop what was cancelled or is past its deadline; its caller has gone and expects no answer."""
+        now = monotonic() if any(call.deadline for call in calls) else 0.0
+        return [
+            call for call in calls if call.number not in self._cancelled and (not call.deadline or call.deadline > now)
+        ]
+
+    def _predict(self, key: _GroupKey, batch: list[_Call]) -> None:
+        try:
+            loaded = self._models[key.model]
+            rows = self._staging.put([call.payload for call in batch], key.columns)
+            started = perf_counter()
+            values = loaded.predict(rows, wire.OUTPUTS[key.output])
+            self._answer(batch, values, perf_counter() - started)
+        except Exception as error:  # noqa: BLE001 - whatever a predictor raises is the answer of these calls
+            self._refuse(key, batch, error)
+
+    def _answer(self, batch: list[_Call], values: Matrix, seconds: float) -> None:
+        data = np.ascontiguousarray(values, np.float32).tobytes()
+        width = len(data) // len(values)
+        tail = (*values.shape[1:], 0, 0)[:2]
+        start = 0
+        for call in batch:
+            end = start + call.rows * width
+            header = wire.REPLY.pack(end - start, wire.RESULT, values.ndim, 0, call.number, call.rows, *tail, seconds)
+            self._answers.append(header)
+            self._answers.append(data[start:end])
+            start = end
+
+    def _refuse(self, key: _GroupKey, batch: list[_Call], error: Exception) -> None:
+        if len(batch) > 1:  # one bad member must not spoil the others
+            for call in batch:
+                self._predict(key, [call])
+            return
+        message = str(error).encode()
+        header = wire.REPLY.pack(len(message), wire.ERROR, 0, 0, batch[0].number, 0, 0, 0, 0.0)
+        self._answers += (header, message)
+
+    def _flush(self) -> None:
+        if self._answers:
+            answers, self._answers = self._answers, []
+            self._sock.sendall(b"".join(answers))
+        self._flushed = monotonic()
+
+
+def _split(calls: list[_Call], most_rows: int) -> tuple[list[_Call], list[_Call]]:
+    """Return as many of ``calls`` as fit into ``most_rows``, at least one, and the others."""
+    rows = 0
+    for index, call in enumerate(calls):
+        rows += call.rows
+        if rows > most_rows and index:
+            return calls[:index], calls[index:]
+    return calls, []
+
+
+class _Staging:
+    """A buffer at a fixed address that batches are put together in, with one array per shape ever seen."""
+
+    def __init__(self, capacity: int) -> None:
+        self._resize(capacity)
+
+    def put(self, payloads: list[bytes], columns: int) -> StagedRows:
+        """Return ``payloads`` as one matrix; it is overwritten by the next call."""
+        data = payloads[0] if len(payloads) == 1 else b"".join(payloads)
+        if len(data) > 4 * self.capacity:
+            self._resize(len(data) // 4)
+        self._bytes[: len(data)] = data
+        shape = (len(data) // 4 // columns, columns)
+        view = self._views.get(shape)
+        return self._view(shape) if view is None else view
+
+    def _view(self, shape: tuple[int, int]) -> StagedRows:
+        if len(self._views) >= _SHAPES_KEPT:
+            self._views.clear()
+        view = self._floats[: shape[0] * shape[1]].reshape(shape).view(StagedRows)
+        view.interface = interface_of(view)
+        self._views[shape] = view
+        return view
+
+    def _resize(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._floats = np.empty(capacity, np.float32)
+        self._bytes = self._floats.data.cast("B")
+        self._views: dict[tuple[int, int], StagedRows] = {}
+
+
+class _Inbox:
+    """Bytes received and not yet taken apart."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._start = self._end = 0
+        self._view = memoryview(bytearray(wire.PAYLOAD_LIMIT + (256 << 10)))
+        self._wanted = wire.REQUEST.size
+
+    def fill(self, *, wait: bool) -> bool:
+        """Receive what is there, waiting for the first byte if asked to; False at end of file."""
+        self._make_room()
+        try:
+            flags = 0 if wait else socket.MSG_DONTWAIT
+            received = self._sock.recv_into(self._view[self._end :], 0, flags)
+        except BlockingIOError:
+            return True
+        self._end += received
+        return received > 0
+
+    def frames(self) -> list[tuple[tuple[int, ...], memoryview]]:
+        """Return the complete frames; their payloads are valid until the next ``fill``."""
+        header_size, unpack = wire.REQUEST.size, wire.REQUEST.unpack_from
+        found, start, end, view = [], self._start, self._end, self._view
+        self._wanted = header_size
+        while end - start >= header_size:
+            header = unpack(view, start)
+            after = start + header_size + header[0]
+            if after > end:
+                self._wanted = after - start
+                break
+            found.append((header, view[start + header_size : after]))
+            start = after
+        self._start = start
+        return found
+
+    def _make_room(self) -> None:
+        """Move an incomplete frame to the front when the rest of it would not fit behind."""
+        if self._start == self._end:
+            self._start = self._end = 0
+        elif self._start + self._wanted > len(self._view):
+            rest = self._view[self._start : self._end]
+            target = memoryview(bytearray(max(self._wanted, len(self._view))))
+            target[: len(rest)] = rest
+            self._view, self._start, self._end = target, 0, len(rest)

@@ -1,0 +1,254 @@
+"""Predictor: the protocol a model library implements, and the one shipped, for XGBoost.
+
+The XGBoost predictor speaks to the C API of the installed ``xgboost`` (or ``xgboost-cpu``) package without
+importing its Python layer: a worker then starts in 0.15 s instead of 0.4 s and is 30 MB smaller, and a call with a
+prebuilt configuration takes less than half the time of ``Booster.inplace_predict``. The functions used are those of
+the public C header ``xgboost/c_api.h``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+Matrix = NDArray[np.float32]
+
+
+class Predictor(Protocol):
+    """A loaded model. Loaded in the loader thread, used by the main thread, closed when no call needs it."""
+
+    n_features: int
+    feature_names: tuple[str, ...] | None
+    n_outputs: int
+
+    @classmethod
+    def load(cls, data: memoryview, *, threads: int) -> Self:
+        """Return the model in ``data``; raise any exception with a message that says what is wrong with it."""
+        ...
+
+    def predict(self, rows: Matrix, output: str) -> Matrix:
+        """Return float32 of shape (n,) or (n, k) for ``rows`` of shape (n, n_features), NaN meaning missing.
+
+        ``output`` is one of "value", "margin", "leaf", "contribs"; raise ValueError for one that this model
+        cannot give. ``rows`` is valid only until this returns.
+        """
+        ...
+
+
+class StagedRows(np.ndarray[tuple[int, int], np.dtype[np.float32]]):
+    """Rows at an address that does not change, so that their array interface is written only once."""
+
+    interface: bytes
+
+
+def interface_of(rows: Matrix) -> bytes:
+    """Return the array interface of C-contiguous ``rows``, as the C API reads it."""
+    return b'{"data":[%d,true],"shape":[%d,%d],"typestr":"<f4","version":3}' % (rows.ctypes.data, *rows.shape)
+
+
+def resolve(path: str) -> type[Predictor]:
+    """Return the class that ``package.module:Class`` names."""
+    module, _, name = path.partition(":")
+    found: type[Predictor] = getattr(importlib.import_module(module), name)
+    return found
+
+
+class XGBoostPredictor:
+    """An XGBoost model of any booster and objective.
+
+    A model trained with early stopping predicts with the trees up to its best iteration, as XGBoost's
+    scikit-learn interface does.
+    """
+
+    def __init__(self, handle: ctypes.c_void_p) -> None:
+        self._handle = handle
+        self._predict_dense = _library().XGBoosterPredictFromDense
+        self._shape = ctypes.POINTER(ctypes.c_uint64)()
+        self._dimensions = ctypes.c_uint64()
+        self._result = ctypes.c_void_p()
+        self._into = tuple(map(ctypes.byref, (self._shape, self._dimensions, self._result)))
+
+    @classmethod
+    def load(cls, data: memoryview, *, threads: int) -> Self:
+        """Return the model in ``data`` (UBJSON or JSON), configured and tried on one row."""
+        self = cls(_new_booster(threads))
+        buffer = np.frombuffer(data, np.uint8)
+        _check(_library().XGBoosterLoadModelFromBuffer(self._handle, buffer.ctypes.data, len(buffer)))
+        self._read_facts()
+        self._choose_path()
+        return self
+
+    @classmethod
+    def warm_up(cls) -> None:
+        """Train, load and try a model of one tree: the library sets itself up in its first use of each."""
+        library, matrix, size, model = _library(), ctypes.c_void_p(), ctypes.c_uint64(), ctypes.c_void_p()
+        rows = np.ones((1, 1), np.float32)
+        _check(library.XGDMatrixCreateFromDense(interface_of(rows), b'{"missing":NaN}', ctypes.byref(matrix)))
+        _check(library.XGDMatrixSetInfoFromInterface(matrix, b"label", interface_of(rows)))
+        handle = _new_booster(1, matrix)
+        _check(library.XGBoosterUpdateOneIter(handle, 0, matrix))
+        into = ctypes.byref(size), ctypes.byref(model)
+        _check(library.XGBoosterSaveModelToBuffer(handle, b'{"format":"ubj"}', *into))
+        cls.load(memoryview(ctypes.string_at(model, size.value)), threads=1)
+        library.XGBoosterFree(handle)
+        library.XGDMatrixFree(matrix)
+
+    def predict(self, rows: Matrix, output: str) -> Matrix:
+        """Return what ``Booster.predict`` returns, bit for bit."""
+        if self._dense and output in self._dense:
+            staged = getattr(rows, "interface", None) or interface_of(rows)
+            config = self._dense[output]
+            _check(self._predict_dense(self._handle, staged, config, None, *self._into))
+        else:
+            self._predict_from_dmatrix(rows, output)
+        shape = self._shape[: self._dimensions.value]
+        return np.frombuffer(ctypes.string_at(self._result, 4 * int(np.prod(shape))), np.float32).reshape(shape)
+
+    def __del__(self) -> None:
+        _library().XGBoosterFree(self._handle)
+
+    def _read_facts(self) -> None:
+        config = json.loads(_text(_library().XGBoosterSaveJsonConfig, self._handle))["learner"]
+        booster = config["gradient_booster"]
+        trees = booster.get("gbtree", booster).get("gbtree_model_param", {})
+        self.booster: str = booster["name"]
+        self.objective: str = config["objective"]["name"]
+        self.n_trees = int(trees.get("num_trees", 0))
+        self.n_features = _number(_library().XGBoosterGetNumFeature, ctypes.c_uint64, self._handle)
+        self.feature_names = _feature_names(self._handle)
+        self.best_iteration = _best_iteration(self._handle)
+
+    def _choose_path(self) -> None:
+        rounds = _number(_library().XGBoosterBoostedRounds, ctypes.c_int, self._handle)
+        end = min(self.best_iteration + 1, rounds) if self.best_iteration is not None else 0
+        self._configs = {output: _config(kind, end) for output, kind in _PREDICTION_TYPES.items()}
+        # The path without a DMatrix gives values and margins only, and not for linear boosters.
+        fast = ("value", "margin") if self.booster != "gblinear" else ()
+        self._dense = {output: self._configs[output] for output in fast}
+        trial = self.predict(np.full((1, self.n_features), np.nan, np.float32), "value")
+        self.n_outputs = int(np.prod(trial.shape[1:]))
+
+    def _predict_from_dmatrix(self, rows: Matrix, output: str) -> None:
+        library, matrix = _library(), ctypes.c_void_p()
+        how = b'{"missing":NaN,"nthread":1}'
+        _check(library.XGDMatrixCreateFromDense(interface_of(rows), how, ctypes.byref(matrix)))
+        try:
+            config = self._configs[output]
+            _check(library.XGBoosterPredictFromDMatrix(self._handle, matrix, config, *self._into))
+        finally:
+            library.XGDMatrixFree(matrix)
+
+
+_PREDICTION_TYPES = {"value": 0, "margin": 1, "contribs": 2, "leaf": 6}
+
+
+def _config(kind: int, iteration_end: int) -> bytes:
+    return (
+        b'{"type":%d,"training":false,"iteration_begin":0,"iteration_end":%d,'
+        b'"strict_shape":false,"missing":NaN,"cache_id":0}' % (kind, iteration_end)
+    )
+
+
+def _new_booster(threads: int, *matrices: ctypes.c_void_p) -> ctypes.c_void_p:
+    handle = ctypes.c_void_p()
+    trained_on = (ctypes.c_void_p * len(matrices))(*matrices)
+    _check(_library().XGBoosterCreate(trained_on, len(matrices), ctypes.byref(handle)))
+    _check(_library().XGBoosterSetParam(handle, b"nthread", b"%d" % threads))
+    return handle
+
+
+def _feature_names(handle: ctypes.c_void_p) -> tuple[str, ...] | None:
+    count, names = ctypes.c_uint64(), ctypes.POINTER(ctypes.c_char_p)()
+    get = _library().XGBoosterGetStrFeatureInfo
+    _check(get(handle, b"feature_name", ctypes.byref(count), ctypes.byref(names)))
+    return tuple((names[i] or b"").decode() for i in range(count.value)) or None
+
+
+def _best_iteration(handle: ctypes.c_void_p) -> int | None:
+    value, found = ctypes.c_char_p(), ctypes.c_int()
+    _check(_library().XGBoosterGetAttr(handle, b"best_iteration", ctypes.byref(value), ctypes.byref(found)))
+    return int(value.value) if found.value and value.value else None
+
+
+def _number(function: Any, kind: type[Any], handle: ctypes.c_void_p) -> int:
+    value = kind()
+    _check(function(handle, ctypes.byref(value)))
+    return int(value.value)
+
+
+def _text(function: Any, handle: ctypes.c_void_p) -> bytes:
+    size, text = ctypes.c_uint64(), ctypes.c_char_p()
+    _check(function(handle, ctypes.byref(size), ctypes.byref(text)))
+    return text.value or b""
+
+
+def _check(status: int) -> None:
+    if status:
+        raise ValueError(_reason(_library().XGBGetLastError().decode(errors="replace")))
+
+
+def _reason(message: str) -> str:
+    """Keep what XGBoost says, without its clock, its source line and its stack trace."""
+    first = message.partition("Stack trace:")[0].strip()
+    return first.split(": ", 1)[-1] if first.startswith("[") else first
+
+
+class XGBoostMissingError(Exception):
+    """Neither ``xgboost-cpu`` nor ``xgboost`` is installed."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "XGBoost is not installed: pip install 'modelcache[cpu]' (or 'modelcache[gpu]' for the CUDA build)"
+        )
+
+
+_loaded: list[ctypes.CDLL] = []
+
+
+def _library() -> ctypes.CDLL:
+    if not _loaded:
+        _loaded.append(_open_library())
+    return _loaded[0]
+
+
+def _open_library() -> ctypes.CDLL:
+    library = ctypes.CDLL(_library_path())
+    library.XGBGetLastError.restype = ctypes.c_char_p
+    pointer, text, number = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint64
+    library.XGBoosterCreate.argtypes = [pointer, number, pointer]
+    library.XGBoosterFree.argtypes = [pointer]
+    library.XGBoosterSetParam.argtypes = [pointer, text, text]
+    library.XGBoosterLoadModelFromBuffer.argtypes = [pointer, pointer, number]
+    library.XGBoosterSaveModelToBuffer.argtypes = [pointer, text, pointer, pointer]
+    library.XGBoosterUpdateOneIter.argtypes = [pointer, ctypes.c_int, pointer]
+    library.XGDMatrixSetInfoFromInterface.argtypes = [pointer, text, text]
+    library.XGBoosterPredictFromDense.argtypes = [pointer, text, text, pointer, pointer, pointer, pointer]
+    library.XGBoosterPredictFromDMatrix.argtypes = [pointer, pointer, text, pointer, pointer, pointer]
+    library.XGDMatrixCreateFromDense.argtypes = [text, text, pointer]
+    library.XGDMatrixFree.argtypes = [pointer]
+    library.XGBoosterGetNumFeature.argtypes = [pointer, pointer]
+    library.XGBoosterBoostedRounds.argtypes = [pointer, pointer]
+    library.XGBoosterSaveJsonConfig.argtypes = [pointer, pointer, pointer]
+    library.XGBoosterGetAttr.argtypes = [pointer, text, pointer, pointer]
+    library.XGBoosterGetStrFeatureInfo.argtypes = [pointer, text, pointer, pointer]
+    return library
+
+
+def _library_path() -> str:
+    """Ask the package's own ``libpath`` module where the library is, without importing the package."""
+    package = importlib.util.find_spec("xgboost")
+    if package is None or not package.submodule_search_locations:
+        raise XGBoostMissingError
+    source = Path(package.submodule_search_locations[0], "libpath.py")
+    spec = importlib.util.spec_from_file_location("xgboost_libpath", source)
+    assert spec is not None and spec.loader is not None
+    libpath = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(libpath)
+    return str(libpath.find_lib_path()[0])
