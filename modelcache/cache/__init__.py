@@ -1,0 +1,1 @@
+"""What is resident: pure, synchronous state. Nothing here awaits, reads or writes."""

@@ -1,0 +1,110 @@
+"""Flights: one load per key, however many callers ask for it.
+
+A caller that misses joins the flight of that key, or starts it. Each caller waits for a future of its own, so that one
+that is cancelled or runs out of time, the first included, disturbs nobody else. The idea is that of Go's
+``singleflight``; what it lacks and asyncio needs are the private futures and the drop of a flight nobody waits for.
+
+Interleavings that the code below is shaped by:
+
+1. A flight fails, and in the same tick a new caller looks the key up. It must start afresh: a flight leaves the map in
+   the step that fails it, and only if the map still holds that very flight.
+2. The last waiter leaves a flight that is still queued, and a new caller arrives before the cancelled task has run.
+   The flight has left the map in the step that asked for its cancellation, so that nobody joins a dying one.
+3. A waiter is cancelled after the flight landed and before it woke up. It owns a lease by then, and releases it.
+4. A model is unloaded while it loads. The flight leaves the map: those who wait get the model they asked for, later
+   callers start a new flight, and when the old one lands it does not enter the table.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from modelcache.cache.ledger import Waiter
+    from modelcache.errors import ModelCacheError
+
+
+class Phase(Enum):
+    """What a flight is doing; the message of a timeout names it."""
+
+    QUEUED = "waiting for a load slot or for bytes"
+    LOADING = "loading"
+
+
+class Flight:
+    """A load under way and those who wait for it."""
+
+    __slots__ = ("key", "listed", "phase", "task", "waiters")
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.phase = Phase.QUEUED
+        self.listed = True
+        """False once the model was unloaded: what lands is for the present waiters only."""
+        self.waiters: set[Waiter] = set()
+        self.task: Any = None
+        """The task that flies it; kept here, since an event loop holds tasks weakly."""
+
+    def live_waiters(self) -> list[Waiter]:
+        """Return those who still wait."""
+        return [waiter for waiter in self.waiters if not waiter.done()]
+
+    def __repr__(self) -> str:
+        return f"<Flight {self.key} {self.phase.name.lower()}, {len(self.waiters)} waiting>"
+
+
+class Flights:
+    """All loads under way. Each method is one synchronous step."""
+
+    def __init__(self) -> None:
+        self.by_key: dict[str, Flight] = {}
+        """Flights that a caller can join."""
+        self.airborne: set[Flight] = set()
+        """These, and those that have left the map and not yet ended."""
+
+    def join(self, key: str, waiter: Waiter) -> tuple[Flight, bool]:
+        """Wait for ``key`` with ``waiter``; True says that the flight is new and has to be started."""
+        flight = self.by_key.get(key)
+        is_new = flight is None
+        if flight is None:
+            flight = self.by_key[key] = Flight(key)
+            self.airborne.add(flight)
+        flight.waiters.add(waiter)
+        return flight, is_new
+
+    def leave(self, flight: Flight, waiter: Waiter) -> bool:
+        """Stop waiting; True says that nobody is left for a load that has not begun, and its task is to be cancelled.
+
+        A load that has begun goes on: its model stays, so that callers with little patience get it in the end.
+        """
+        flight.waiters.discard(waiter)
+        if flight.live_waiters() or flight.phase is Phase.LOADING or flight not in self.airborne:
+            return False
+        self.end(flight)
+        return True
+
+    def land(self, flight: Flight) -> list[Waiter]:
+        """End a flight that succeeded and return those who still wait, each to be given its lease."""
+        waiters = flight.live_waiters()
+        self.end(flight)
+        return waiters
+
+    def fail(self, flight: Flight, error: ModelCacheError) -> None:
+        """End a flight that failed; each waiter gets an exception of its own, caused by this one attempt's."""
+        for waiter in self.land(flight):
+            waiter.set_exception(error.fresh())
+
+    def detach(self, key: str) -> Flight | None:
+        """Let nobody join the flight of ``key`` any more, and keep what it loads out of the table."""
+        flight = self.by_key.pop(key, None)
+        if flight is not None:
+            flight.listed = False
+        return flight
+
+    def end(self, flight: Flight) -> None:
+        """Forget a flight, by identity: the map may hold a newer one of the same key."""
+        if self.by_key.get(flight.key) is flight:
+            del self.by_key[flight.key]
+        self.airborne.discard(flight)
+        flight.waiters = set()
