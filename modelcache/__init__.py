@@ -1,0 +1,111 @@
+"""Serve very many small models from one process, inside your app: ``await registry.predict("Chicago_IL", rows)``."""
+
+from modelcache.cache.policies import (
+    CachetoolsPolicy,
+    Evictable,
+    EvictionPolicy,
+    GDSFPolicy,
+    LRUPolicy,
+    S3FIFOPolicy,
+)
+from modelcache.errors import (
+    BudgetTimeoutError,
+    CorruptArtifactError,
+    FeatureMismatchError,
+    InvalidInputError,
+    InvalidModelNameError,
+    LoadTimeoutError,
+    MissingDependencyError,
+    ModelCacheError,
+    ModelLoadError,
+    ModelNotFoundError,
+    ModelTooLargeError,
+    OverloadedError,
+    PredictTimeoutError,
+    RegistryClosedError,
+    StoreAccessDeniedError,
+    StoreError,
+    StoreUnavailableError,
+    UnsafeArtifactError,
+    UnsupportedArtifactError,
+    WorkerCrashedError,
+)
+from modelcache.lease import Lease
+from modelcache.records import (
+    Event,
+    Invocation,
+    LoadFailed,
+    ModelEvicted,
+    ModelInfo,
+    ModelLoaded,
+    PreloadProgress,
+    PreloadReport,
+    RegistryStats,
+    Summary,
+    Timings,
+    WorkerDied,
+    WorkerStats,
+)
+from modelcache.registry import ModelRegistry
+from modelcache.stores import Artifact, ArtifactStore, LocalStore, MemoryStore, NotModified, open_store
+from modelcache.worker.predictors import Predictor
+
+__version__ = "0.1.0"
+
+__all__ = [
+    # the registry
+    "ModelRegistry",
+    "Lease",
+    # what it returns
+    "Invocation",
+    "ModelInfo",
+    "PreloadProgress",
+    "PreloadReport",
+    "RegistryStats",
+    "Summary",
+    "Timings",
+    "WorkerStats",
+    # events
+    "Event",
+    "LoadFailed",
+    "ModelEvicted",
+    "ModelLoaded",
+    "WorkerDied",
+    # stores
+    "Artifact",
+    "ArtifactStore",
+    "LocalStore",
+    "MemoryStore",
+    "NotModified",
+    "open_store",
+    # policies
+    "CachetoolsPolicy",
+    "Evictable",
+    "EvictionPolicy",
+    "GDSFPolicy",
+    "LRUPolicy",
+    "S3FIFOPolicy",
+    # predictors
+    "Predictor",
+    # errors
+    "BudgetTimeoutError",
+    "CorruptArtifactError",
+    "FeatureMismatchError",
+    "InvalidInputError",
+    "InvalidModelNameError",
+    "LoadTimeoutError",
+    "MissingDependencyError",
+    "ModelCacheError",
+    "ModelLoadError",
+    "ModelNotFoundError",
+    "ModelTooLargeError",
+    "OverloadedError",
+    "PredictTimeoutError",
+    "RegistryClosedError",
+    "StoreAccessDeniedError",
+    "StoreError",
+    "StoreUnavailableError",
+    "UnsafeArtifactError",
+    "UnsupportedArtifactError",
+    "WorkerCrashedError",
+]

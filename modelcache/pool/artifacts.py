@@ -1,0 +1,185 @@
+"""The artifact lane, parent side: artifacts on their way into a worker, and models on their way out."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from modelcache.errors import (
+    CorruptArtifactError,
+    ModelLoadError,
+    UnsafeArtifactError,
+    UnsupportedArtifactError,
+)
+from modelcache.pool import wire
+from modelcache.pool.channel import Channel
+from modelcache.pool.lost import WorkerLostError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from modelcache.pool.lost import Epitaph
+
+_REFUSALS: dict[str, type[ModelLoadError]] = {
+    "corrupt": CorruptArtifactError,
+    "unsupported": UnsupportedArtifactError,
+    "unsafe": UnsafeArtifactError,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedFacts:
+    """What a worker says of a model it has loaded."""
+
+    size: int
+    """Heap it takes, measured."""
+    seconds: float
+    unpacked_bytes: int
+    format: str
+    container: str
+    n_features: int
+    feature_names: tuple[str, ...] | None
+    n_outputs: int
+    objective: str | None
+    booster: str | None
+    n_trees: int | None
+    best_iteration: int | None
+
+    @classmethod
+    def from_frame(cls, size: int, payload: bytes) -> LoadedFacts:
+        """Read a LOADED frame."""
+        facts = json.loads(payload)
+        facts["feature_names"] = tuple(facts["feature_names"]) if facts["feature_names"] else None
+        return cls(size=size, **facts)
+
+
+class Loading:
+    """One artifact on its way into a worker."""
+
+    def __init__(self, channel: ArtifactChannel, model: int) -> None:
+        self._channel = channel
+        self.model = model
+        self.needed = 0
+        """Unpacked bytes that the worker asks a larger reservation for; 0 when it asks for none."""
+        self.parsing = False
+        self.result: LoadedFacts | None = None
+        self.error: Exception | None = None
+        self._news = asyncio.Event()
+
+    @property
+    def decided(self) -> bool:
+        """True once it is loaded, refused or lost."""
+        return self.result is not None or self.error is not None
+
+    async def feed(self, chunk: bytes) -> None:
+        """Send the next bytes, as fast as the worker takes them."""
+        view = memoryview(chunk)
+        for start in range(0, max(len(view), 1), wire.PAYLOAD_LIMIT):
+            self._channel.command(wire.CHUNK, self.model, 0, bytes(view[start : start + wire.PAYLOAD_LIMIT]))
+            await self._channel.writable()
+
+    def finish(self) -> None:
+        """Say that the artifact is complete."""
+        self._channel.command(wire.END, self.model)
+
+    def grant(self, allowed: int) -> None:
+        """Answer ``needed``: the reservation covers ``allowed`` unpacked bytes now."""
+        self.needed = 0
+        self._channel.command(wire.GRANT, self.model, allowed)
+
+    async def news(self) -> None:
+        """Wait until it is decided or more bytes are needed."""
+        while not self.decided and not self.needed:
+            self._news.clear()
+            await self._news.wait()
+
+    def tell(self) -> None:
+        """Wake whoever waits for news."""
+        self._news.set()
+
+
+class ArtifactChannel(Channel):
+    """Sends artifacts and orders to unload, and takes what the worker reports.
+
+    ``hello`` is called when the worker is up, ``unloaded(model)`` when a model's bytes are free.
+    """
+
+    def __init__(
+        self,
+        lost: Callable[[], None],
+        *,
+        hello: Callable[[dict[str, Any]], None],
+        unloaded: Callable[[int], None],
+    ) -> None:
+        super().__init__(wire.ARTIFACT, lost)
+        self._hello = hello
+        self._unloaded = unloaded
+        self._loadings: dict[int, Loading] = {}
+        self._measuring: list[asyncio.Future[int]] = []
+
+    def begin(self, model: int, allowed: int) -> Loading:
+        """Announce an artifact whose reservation covers ``allowed`` unpacked bytes."""
+        loading = self._loadings[model] = Loading(self, model)
+        self.command(wire.BEGIN, model, allowed)
+        return loading
+
+    def unload(self, model: int) -> None:
+        """Order the bytes of a model, or of an artifact on its way, to be freed."""
+        self.command(wire.UNLOAD, model)
+
+    def measure(self) -> asyncio.Future[int]:
+        """Ask for the bytes in use on the worker's heap."""
+        future: asyncio.Future[int] = self._loop.create_future()
+        self._measuring.append(future)
+        self.command(wire.MEASURE, 0)
+        return future
+
+    def command(self, kind: int, model: int, number: int = 0, payload: bytes = b"") -> None:
+        """Send one frame."""
+        self.send(wire.ARTIFACT.pack(len(payload), kind, 0, 0, model, number) + payload)
+
+    def forget(self, loading: Loading) -> None:
+        """Listen no more to a load; it has to be unloaded like a model, whatever has become of it in the worker."""
+        self._loadings.pop(loading.model, None)
+
+    def parsing(self) -> Loading | None:
+        """Return the load that the worker's parser is at: the one to suspect if it crashes or hangs."""
+        return next((loading for loading in self._loadings.values() if loading.parsing), None)
+
+    def fail_all(self, epitaph: Epitaph) -> None:
+        """The worker is gone: wake everyone who waits for it."""
+        loadings, self._loadings = self._loadings, {}
+        for loading in loadings.values():
+            loading.error = WorkerLostError(epitaph)
+            loading.tell()
+        for future in self._measuring:
+            future.cancel()
+
+    def frame_received(self, header: tuple[Any, ...], data: bytes, start: int, end: int) -> None:
+        """Take one report."""
+        _, kind, _, _, model, number = header
+        if kind == wire.HELLO:
+            self._hello(json.loads(data[start:end]))
+        elif kind == wire.UNLOADED:
+            self._unloaded(model)
+        elif kind == wire.HEAP:
+            self._measuring.pop(0).set_result(number)
+        elif loading := self._loadings.get(model):
+            self._advance(loading, kind, number, data[start:end])
+
+    def _advance(self, loading: Loading, kind: int, number: int, payload: bytes) -> None:
+        if kind == wire.STARTED:
+            loading.parsing = True
+            return
+        if kind == wire.NEED:
+            loading.needed = number
+        elif kind == wire.LOADED:
+            loading.result = LoadedFacts.from_frame(number, payload)
+        elif kind == wire.FAILED:
+            refusal = json.loads(payload)
+            loading.error = _REFUSALS[refusal["kind"]](refusal["message"], **refusal["facts"])
+        if loading.decided:
+            del self._loadings[loading.model]
+        loading.tell()

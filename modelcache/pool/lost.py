@@ -1,0 +1,46 @@
+"""How a worker ended: what is told to those whose calls or loads it took with it."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+
+_CRASHES = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE})
+
+
+@dataclass(frozen=True, slots=True)
+class Epitaph:
+    """What is known of a worker process that has ended."""
+
+    pid: int
+    exit_code: int | None
+    """As Python gives it: negative for a signal, None if it is not known."""
+    last_words: str
+    """The end of what it wrote to standard error."""
+
+    @property
+    def signal(self) -> int | None:
+        """The signal that ended it."""
+        return -self.exit_code if self.exit_code is not None and self.exit_code < 0 else None
+
+    @property
+    def crashed(self) -> bool:
+        """True if it broke by itself rather than being ended from outside."""
+        return self.signal in _CRASHES if self.signal else bool(self.exit_code)
+
+    def __str__(self) -> str:
+        if self.signal:
+            how = f"was ended by {signal.Signals(self.signal).name}"
+        else:
+            how = f"ended with exit code {self.exit_code}"
+        hint = " (the kernel's out-of-memory killer does that: see dmesg)" if self.signal == signal.SIGKILL else ""
+        words = f"; its last words: {self.last_words}" if self.last_words else ""
+        return f"worker process {self.pid} {how}{hint}{words}"
+
+
+class WorkerLostError(Exception):
+    """The worker ended under this call or load; internal, the registry retries or raises WorkerCrashedError."""
+
+    def __init__(self, epitaph: Epitaph) -> None:
+        super().__init__(str(epitaph))
+        self.epitaph = epitaph

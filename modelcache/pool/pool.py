@@ -1,0 +1,300 @@
+"""The pool: starts workers, replaces those that end, finds those that are stuck, and says where a model should live."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from itertools import count
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from modelcache.errors import MissingDependencyError, ModelCacheError, WorkerCrashedError
+from modelcache.pool.artifacts import ArtifactChannel, Loading
+from modelcache.pool.lost import Epitaph, WorkerLostError
+from modelcache.pool.process import Process, start_process
+from modelcache.pool.requests import RequestChannel
+from modelcache.records import WorkerStats
+from modelcache.stats import Histogram
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+logger = logging.getLogger("modelcache")
+
+XGBOOST = "modelcache.worker.predictors:XGBoostPredictor"
+
+_LONGEST_BACKOFF = 5.0
+_START_TIMEOUT = 60.0
+_LEAVE_TIMEOUT = 5.0
+
+
+class Worker:
+    """One worker process, from its start to its end."""
+
+    def __init__(self, index: int, unloaded: Callable[[Worker, int], None]) -> None:
+        loop = asyncio.get_running_loop()
+        self.index = index
+        self.hello: asyncio.Future[dict[str, Any]] = loop.create_future()
+        self.ended: asyncio.Future[None] = loop.create_future()
+        self.held: dict[int, Any] = {}
+        """What occupies bytes in it, by model number: the registry's entries."""
+        self.charged = 0
+        """Bytes of those, and of loads on their way; placement goes by it."""
+        self.latency = Histogram()
+        self.exact_heap = True
+        self.process: Process
+        self.requests: RequestChannel
+        """The lane of rows and predictions."""
+        self._unloaded = unloaded
+        self._unloading: dict[int, float] = {}
+        self._ping: asyncio.Future[Any] | None = None
+        self._pinged = 0.0
+
+    async def start(self, threads: int, predictor: str) -> None:
+        """Start the process and wait until it is up; on an error nothing of it is left."""
+        self.process = await start_process(
+            lambda: RequestChannel(self._lane_lost, self.latency.record),
+            lambda: ArtifactChannel(self._lane_lost, hello=self.hello.set_result, unloaded=self._on_unloaded),
+            threads=threads,
+            predictor=predictor,
+        )
+        self.requests = self.process.requests
+        try:
+            await self._greet()
+        except BaseException:
+            await self.bury()
+            raise
+
+    async def _greet(self) -> None:
+        async with asyncio.timeout(_START_TIMEOUT):
+            await asyncio.wait((self.hello, self.ended), return_when=asyncio.FIRST_COMPLETED)
+        if not self.hello.done():
+            raise WorkerCrashedError(f"A worker could not be started: {await self.bury()}.", pid=self.pid)
+        hello = self.hello.result()
+        if "error" in hello:
+            raise MissingDependencyError(hello["error"])
+        self.exact_heap = hello["exact_heap"]
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self.process.child.pid
+
+    @property
+    def alive(self) -> bool:
+        """True while both lanes are open."""
+        return not self.ended.done()
+
+    def begin_load(self, model: int, allowed: int) -> Loading:
+        """Announce an artifact; raises WorkerLostError if the worker has ended meanwhile."""
+        if not self.alive:
+            raise WorkerLostError(Epitaph(self.pid, self.process.child.returncode, self.process.last_words))
+        return self.process.artifacts.begin(model, allowed)
+
+    def forget_load(self, loading: Loading) -> None:
+        """Listen no more to a load that is given up."""
+        self.process.artifacts.forget(loading)
+
+    def unload(self, model: int) -> None:
+        """Order a model's bytes to be freed; ``unloaded`` is called when they are."""
+        if self.alive:
+            self._unloading[model] = monotonic()
+            self.process.artifacts.unload(model)
+
+    def measure(self) -> asyncio.Future[int]:
+        """Ask for the bytes in use on its heap."""
+        return self.process.artifacts.measure()
+
+    def suspect(self) -> None:
+        """Ask for a sign of life: a deadline has been missed."""
+        if self._ping is None and self.alive:
+            self._ping, self._pinged = self.requests.ping(), monotonic()
+
+    def check(self, now: float, patience: float) -> None:
+        """Kill the process if it has given no sign of life for ``patience`` seconds."""
+        if self._ping is not None and self._ping.done():
+            self._ping = None
+        if self._ping is None and (oldest := self.requests.oldest()) is not None and now - oldest > patience / 2:
+            self.suspect()
+        silent = self._ping is not None and now - self._pinged > patience
+        unload = next(iter(self._unloading.values()), now)
+        if silent or (now - unload > patience and not self.process.artifacts.parsing()):
+            logger.warning("worker process %d does not answer and is killed", self.pid)
+            self.process.kill()
+
+    def close(self) -> None:
+        """Close both lanes: the worker takes it as the order to leave."""
+        self.requests.close()
+        self.process.artifacts.close()
+
+    def abandon(self) -> None:
+        """Close this process's ends of the lanes, outside of the loop."""
+        self.requests.abandon()
+        self.process.artifacts.abandon()
+
+    def stats(self) -> WorkerStats:
+        """Return its figures."""
+        return WorkerStats(self.pid, len(self.held), self.charged, self.requests.depth, self.latency.summary())
+
+    async def bury(self, *, patient: bool = False) -> Epitaph:
+        """End what is left of the process, with ``patient`` after it had time to leave by itself."""
+        self.close()
+        if not patient:
+            self.process.kill()
+        try:
+            async with asyncio.timeout(_LEAVE_TIMEOUT):
+                exit_code = await self.process.wait()
+        except TimeoutError:
+            self.process.kill()
+            exit_code = await self.process.wait()
+        return Epitaph(self.pid, exit_code, self.process.last_words)
+
+    def fail_all(self, epitaph: Epitaph) -> None:
+        """Wake everyone who waits for the worker."""
+        self.requests.fail_all(epitaph)
+        self.process.artifacts.fail_all(epitaph)
+
+    def _lane_lost(self) -> None:
+        if not self.ended.done():
+            self.ended.set_result(None)
+
+    def _on_unloaded(self, model: int) -> None:
+        self._unloading.pop(model, None)
+        self._unloaded(self, model)
+
+
+class Pool:
+    """A fixed number of workers.
+
+    ``lost(worker, epitaph)`` is called when one has ended, ``unloaded(worker, model)`` when one has freed a model.
+    A worker that answers nothing for ``patience`` seconds while something waits for it is killed.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        threads: int,
+        predictor: str,
+        lost: Callable[[Worker, Epitaph], None],
+        unloaded: Callable[[Worker, int], None],
+        patience: float = 5.0,
+    ) -> None:
+        self.size = size
+        self.workers: list[Worker] = []
+        """Those that are up."""
+        self.restarts = 0
+        self._threads = threads
+        self._predictor = predictor
+        self._lost = lost
+        self._unloaded = unloaded
+        self._patience = patience
+        self._numbers = count(1)
+        self._keepers: list[asyncio.Task[None]] = []
+        self._decided = asyncio.Event()
+        """Set while a worker is up, or none can be started."""
+        self._broken: ModelCacheError | None = None
+        self._closing = asyncio.Event()
+        self._checking: asyncio.TimerHandle | None = None
+
+    async def start(self) -> None:
+        """Start all workers; if one cannot start, none stays."""
+        starting = [asyncio.create_task(self._start_worker(index)) for index in range(self.size)]
+        started = await asyncio.gather(*starting, return_exceptions=True)
+        self.workers = [worker for worker in started if isinstance(worker, Worker)]
+        self._keepers = [asyncio.create_task(self._keep(worker)) for worker in self.workers]
+        failures = [failure for failure in started if isinstance(failure, BaseException)]
+        if failures:
+            await self.close()
+            raise failures[0]
+        self._decided.set()
+        self._check()
+
+    async def place(self) -> Worker:
+        """Return the worker with the fewest bytes, waiting for one to come up if none is."""
+        await self._decided.wait()
+        if self._broken is not None:
+            raise self._broken.fresh()
+        return min(self._up(), key=lambda worker: (worker.charged, len(worker.held)))
+
+    def next_number(self) -> int:
+        """Return a number for a model that no other has in any worker."""
+        return next(self._numbers)
+
+    async def close(self) -> None:
+        """End all workers and wait until they have ended."""
+        self._closing.set()
+        if self._checking is not None:
+            self._checking.cancel()
+        for worker in self.workers:
+            worker.close()
+        await asyncio.gather(*self._keepers)
+
+    def abandon(self) -> None:
+        """Let go of all workers at once, without a word to anybody: in a forked child, or without a loop."""
+        for worker in self.workers:
+            worker.abandon()
+
+    def _up(self) -> list[Worker]:
+        return [worker for worker in self.workers if worker.alive]
+
+    async def _start_worker(self, index: int) -> Worker:
+        worker = Worker(index, self._unloaded)
+        await worker.start(self._threads, self._predictor)
+        return worker
+
+    async def _keep(self, worker: Worker) -> None:
+        """Bury ``worker`` when it ends, and put another in its place; until the pool closes."""
+        successor: Worker | None = worker
+        while successor is not None:
+            worker = successor
+            await worker.ended
+            self._note_who_is_up()
+            epitaph = await worker.bury(patient=self._closing.is_set())
+            self.workers.remove(worker)
+            if not self._closing.is_set():
+                logger.warning("%s; it is replaced", epitaph)
+            self._lost(worker, epitaph)
+            worker.fail_all(epitaph)
+            if self._closing.is_set():
+                return
+            successor = await self._replace(worker)
+
+    async def _replace(self, worker: Worker) -> Worker | None:
+        for attempt in count():
+            try:
+                successor = await self._start_worker(worker.index)
+            except (ModelCacheError, OSError) as error:
+                self._broken = _as_crash(error)
+                logger.error("no worker can be started: %s", error)  # noqa: TRY400 - the error says it all
+            else:
+                self._broken = None
+                self.restarts += 1
+                self.workers.append(successor)
+                self._note_who_is_up()
+                if self._closing.is_set():
+                    successor.close()
+                return successor
+            self._note_who_is_up()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._closing.wait(), min(0.1 * 2**attempt, _LONGEST_BACKOFF))
+            if self._closing.is_set():
+                return None
+        return None
+
+    def _note_who_is_up(self) -> None:
+        if self._up() or self._broken is not None:
+            self._decided.set()
+        else:
+            self._decided.clear()
+
+    def _check(self) -> None:
+        now = monotonic()
+        for worker in self._up():
+            worker.check(now, self._patience)
+        self._checking = asyncio.get_running_loop().call_later(self._patience / 4, self._check)
+
+
+def _as_crash(error: Exception) -> ModelCacheError:
+    return error if isinstance(error, ModelCacheError) else WorkerCrashedError(f"No worker can be started: {error}")

@@ -1,0 +1,576 @@
+"""ModelRegistry: an app calls ``await registry.predict("Chicago_IL", rows)``.
+
+The registry makes sure that the model is resident in one of its worker processes, loading it once however many callers
+ask, sends the rows there, and keeps all resident models together under a byte budget. This module composes the parts
+that do so; what each decides is theirs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import warnings
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, Any, Self
+
+from modelcache.cache.entry import State
+from modelcache.cache.policies import make_policy
+from modelcache.calls import ask
+from modelcache.errors import (
+    InvalidInputError,
+    LoadTimeoutError,
+    ModelCacheError,
+    StoreError,
+    WorkerCrashedError,
+)
+from modelcache.explaining import explain
+from modelcache.inputs import as_matrix
+from modelcache.lease import Lease
+from modelcache.lifecycle import Lifecycle
+from modelcache.loader import Loader
+from modelcache.names import SUFFIXES, check_name, split_suffix
+from modelcache.pool.lost import WorkerLostError
+from modelcache.pool.pool import XGBOOST, Pool
+from modelcache.pool.wire import OUTPUTS
+from modelcache.preloading import preload
+from modelcache.records import Invocation, RegistryStats, Timings
+from modelcache.residency import Residency
+from modelcache.sizing import default_budget, parse_bytes, usable_cores
+from modelcache.stores import ArtifactStore, open_store
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from modelcache.cache.entry import Entry
+    from modelcache.cache.flight import Flight
+    from modelcache.cache.policies import PolicySpec
+    from modelcache.pool.lost import Epitaph
+    from modelcache.pool.pool import Worker
+    from modelcache.records import Event, ModelInfo, Output, PreloadProgress, PreloadReport
+    from modelcache.residency import Resident
+
+    Matrix = NDArray[np.float32]
+
+logger = logging.getLogger("modelcache")
+
+_OUTPUT_CODES = {output: code for code, output in enumerate(OUTPUTS)}
+_UNLOAD_PATIENCE = 10.0
+"""Seconds that ``close`` waits for workers to confirm what they have freed before it ends them."""
+
+
+class _Trace:
+    """What ``invoke`` wants to know of a call."""
+
+    __slots__ = ("asked", "entry", "waited")
+
+    def __init__(self) -> None:
+        self.entry: Entry[Resident]
+        self.waited: float | None = None
+        """Seconds for the model to become resident; None for a hit."""
+        self.asked = 0.0
+
+
+class ModelRegistry:
+    """Very many small models behind one ``await``.
+
+    ``store`` is a folder, a ``file://`` URL, or an :class:`ArtifactStore`; the registry closes it in the end.
+    ``memory_budget`` is for all resident models together, in bytes or as text like "512 MiB"; by default half of what
+    the container or host has available. ``workers`` defaults to the usable cores, ``threads_per_worker`` is XGBoost's
+    ``nthread`` in each. ``policy`` is "gdsf", "lru", "s3fifo", an :class:`EvictionPolicy`, a ``cachetools.Cache``, or a
+    callable returning one. ``load_timeout`` (seconds) bounds one load, ``load_concurrency`` how many run at once. A
+    failed load is remembered for ``failure_ttl`` seconds, doubling up to 30; 0 turns that off. ``queue_limit`` is how
+    many calls may wait per worker. ``retain=False`` unloads each model after its call. ``predictor`` names a
+    :class:`Predictor` class as "package.module:Class"; it is imported in the workers. ``clock`` gives seconds.
+
+    Use it as ``async with``, or call :meth:`start` and :meth:`close`; the first call starts it too. All methods belong
+    to one event loop.
+    """
+
+    def __init__(
+        self,
+        store: str | os.PathLike[str] | ArtifactStore,
+        *,
+        memory_budget: int | str | None = None,
+        workers: int | None = None,
+        threads_per_worker: int = 1,
+        policy: PolicySpec = "gdsf",
+        load_timeout: float = 360.0,
+        load_concurrency: int = 32,
+        failure_ttl: float = 1.0,
+        queue_limit: int = 1024,
+        retain: bool = True,
+        predictor: str = XGBOOST,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        _check_positive(
+            workers=workers, threads_per_worker=threads_per_worker, load_timeout=load_timeout,
+            load_concurrency=load_concurrency, queue_limit=queue_limit,
+        )  # fmt: skip
+        if failure_ttl < 0:
+            raise ValueError(f"failure_ttl is {failure_ttl!r}: it has to be a number of seconds, or 0 for none.")
+        budget = default_budget() if memory_budget is None else parse_bytes(memory_budget)
+        self._store: ArtifactStore = store if isinstance(store, ArtifactStore) else open_store(store)
+        self._state = Residency(budget, make_policy(policy), failure_ttl=failure_ttl, clock=clock)
+        self._pool = Pool(
+            workers or usable_cores(),
+            threads=threads_per_worker,
+            predictor=predictor,
+            lost=self._worker_lost,
+            unloaded=self._state.acknowledged,
+        )
+        self._loader = Loader(self._state, self._store, self._pool, concurrency=load_concurrency, timeout=load_timeout)
+        self._load_concurrency = load_concurrency
+        self._queue_limit = queue_limit
+        self._retain = retain
+        self._life = Lifecycle(on_fork=self._pool.abandon)
+        self._starting: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
+        self._groups = asyncio.Lock()
+        self._quiet: asyncio.Future[None] | None = None
+        """Resolved when the last lease ends, while the registry closes."""
+        self._background: set[asyncio.Task[Any]] = set()
+
+    # From start to close
+
+    async def start(self) -> Self:
+        """Start the workers; the first call does so too. Harmless when done twice."""
+        self._life.check()
+        if self._starting is None:
+            self._life.started_on = asyncio.get_running_loop()
+            self._starting = asyncio.create_task(self._start())
+        await asyncio.wait((self._starting,))  # a cancelled caller must not take the others' start with it
+        self._starting.result()
+        self._life.check()
+        return self
+
+    async def _start(self) -> None:
+        try:
+            await self._pool.start()
+        except BaseException:
+            self._starting = self._life.started_on = None
+            raise
+        if not self._life.closed:
+            self._life.open()
+
+    async def close(self, *, drain: float = 30.0) -> None:
+        """Refuse new calls, let those in flight finish for ``drain`` seconds, and free everything.
+
+        Callers that wait for a load get RegistryClosedError. Harmless when done twice.
+        """
+        if self._life.forked:
+            return
+        if self._closing is None:
+            self._life.close()
+            self._closing = asyncio.create_task(self._close(drain))
+        await asyncio.wait((self._closing,))
+        self._closing.result()
+
+    async def _close(self, drain: float) -> None:
+        if self._starting is not None:
+            await asyncio.wait((self._starting,))
+        await self._ground_flights()
+        await self._drain(drain)
+        ledger = self._state.ledger
+        for key in tuple(ledger.table):
+            self._state.retire(ledger.detach(key, "close"))
+        leaving = [self._state.left(entry) for entry in ledger.leaving if entry.state is State.UNLOADING]
+        if leaving:
+            await asyncio.wait(leaving, timeout=_UNLOAD_PATIENCE)
+        await self._pool.close()
+        await self._store.close()
+
+    async def _ground_flights(self) -> None:
+        tasks = [flight.task for flight in self._state.flights.airborne if flight.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, *self._background, return_exceptions=True)
+
+    async def _drain(self, seconds: float) -> None:
+        if self._state.ledger.leases:
+            self._quiet = asyncio.get_running_loop().create_future()
+            await asyncio.wait((self._quiet,), timeout=seconds)
+
+    async def __aenter__(self) -> Self:
+        return await self.start()
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    def __del__(self) -> None:
+        life = getattr(self, "_life", None)
+        if life is not None and life.loop is not None:
+            warnings.warn(f"unclosed registry {self!r}", ResourceWarning, source=self, stacklevel=2)
+            self._pool.abandon()
+
+    # Predictions
+
+    async def predict(
+        self,
+        name: str,
+        rows: Any,
+        *,
+        output: Output = "value",
+        timeout: float | None = None,
+    ) -> Matrix:
+        """Return the model's predictions for ``rows``, loading it if it is not resident.
+
+        ``rows``: a list of rows, one row, a 1-D or 2-D array, a pandas or polars DataFrame, an Arrow table or record
+        batch, a SciPy sparse matrix; converted to float32, NaN and None are missing. Named columns are checked against
+        the model's feature names and put into their order. ``output``: "value", "margin", "leaf" or "contribs".
+        ``timeout`` is in seconds.
+
+        The result is float32 of shape (n,), or (n, k) for a model of k outputs: one row gives (1,) or (1, k).
+        """
+        return await self._answer(name, rows, output, timeout, None)
+
+    async def invoke(
+        self,
+        name: str,
+        rows: Any,
+        *,
+        output: Output = "value",
+        timeout: float | None = None,
+    ) -> Invocation:
+        """Predict, and tell which model answered, where it was when the call came, and where the time went."""
+        started, trace = time.perf_counter(), _Trace()
+        predictions = await self._answer(name, rows, output, timeout, trace)
+        place, waited, ended = trace.entry.value, trace.waited, time.perf_counter()
+        cold = waited is not None
+        downloading, loading = (place.downloading, place.facts.seconds) if cold else (0.0, 0.0)
+        return Invocation(
+            predictions,
+            self._state.info(trace.entry),
+            "store" if cold else "memory",
+            Timings(
+                waiting=max(0.0, (waited or 0.0) - downloading - loading),
+                downloading=downloading,
+                loading=loading,
+                predicting=ended - trace.asked,
+                total=ended - started,
+            ),
+        )
+
+    async def _answer(
+        self,
+        name: str,
+        rows: Any,
+        output: Output,
+        timeout: float | None,
+        trace: _Trace | None,
+    ) -> Matrix:
+        call = _Call(rows, output, timeout)
+        for _ in range(2):
+            entry = self._take_resident(name)
+            if entry is None:
+                call.keep(rows)
+                entry = await self._take_cold(name, call.deadline, trace)
+            if trace is not None:
+                trace.entry, trace.asked = entry, time.perf_counter()
+            try:
+                return await self._ask(entry, call)
+            except WorkerLostError as error:
+                call.lost = error.epitaph
+            finally:
+                self._release(entry)
+        raise _crashed_twice(name, call.lost)
+
+    async def predict_leased(
+        self,
+        lease: Lease,
+        rows: Any,
+        output: Output,
+        timeout: float | None,
+    ) -> Matrix:
+        """Predict with the version that ``lease`` holds; :meth:`Lease.predict` is the way to call it."""
+        self._life.check()
+        call = _Call(rows, output, timeout)
+        for _ in range(2):
+            if lease.entry.state is State.GONE:  # its worker has ended
+                await self._renew(lease, call.deadline)
+            try:
+                return await self._ask(lease.entry, call)
+            except WorkerLostError as error:
+                call.lost = error.epitaph
+        raise _crashed_twice(lease.name, call.lost)
+
+    async def _ask(self, entry: Entry[Resident], call: _Call) -> Matrix:
+        try:
+            answer = await ask(
+                entry, call.matrix, call.columns,
+                output=call.output, deadline=call.deadline, queue_limit=self._queue_limit,
+            )  # fmt: skip
+        except WorkerLostError:
+            self._life.check()  # it was ended by close()
+            raise
+        self._loader.acquit(entry)
+        return answer
+
+    # Leases
+
+    def _take_resident(self, name: str) -> Entry[Resident] | None:
+        """Lease ``name`` if it is resident: the whole way of a warm call, without an await."""
+        if asyncio.get_running_loop() is not self._life.loop:
+            return None  # not started, closed or another loop: the cold path knows which
+        ledger = self._state.ledger
+        entry = ledger.table.get(name) or self._find(name)
+        if entry is not None:
+            ledger.lease(entry)
+            ledger.hit(entry)
+            self._state.counters.hits += 1
+        return entry
+
+    async def _take_cold(self, name: str, deadline: float, trace: _Trace | None) -> Entry[Resident]:
+        """Join the flight of ``name``, or start one, and return the lease it gives."""
+        started = time.perf_counter()
+        check_name(name)
+        if self._life.loop is None or asyncio.get_running_loop() is not self._life.loop:
+            await self.start()
+            if (entry := self._take_resident(name)) is not None:
+                return entry
+        refused = self._state.failures.recall(name)
+        if refused is not None:
+            raise refused.fresh()
+        entry = await self._wait_for_flight(name, deadline)
+        waited = time.perf_counter() - started
+        self._state.counters.model_loading_wait_time.record(waited)
+        if trace is not None:
+            trace.waited = waited
+        return entry
+
+    async def _wait_for_flight(self, name: str, deadline: float) -> Entry[Resident]:
+        state, loop = self._state, asyncio.get_running_loop()
+        waiter: asyncio.Future[Entry[Resident]] = loop.create_future()
+        flight, is_new = state.flights.join(name, waiter)
+        state.counters.misses += 1
+        if is_new:
+            self._loader.start(flight)
+        else:
+            state.counters.joins += 1
+        timer = None
+        if deadline:
+            timer = loop.call_later(max(0.0, deadline - time.monotonic()), self._expire, flight, waiter)
+        try:
+            return await waiter
+        except asyncio.CancelledError:
+            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
+                self._release(waiter.result())  # it was handed over in the same tick
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+            if state.flights.leave(flight, waiter):
+                flight.task.cancel()
+
+    def _expire(self, flight: Flight, waiter: asyncio.Future[Any]) -> None:
+        if waiter.done():
+            return
+        past = self._state.history.of(flight.key)
+        waiter.set_exception(
+            LoadTimeoutError(
+                f"{flight.key} is still {flight.phase.value}; the load goes on for others, and a later call may find "
+                "it resident. Give the first call more time, or preload().",
+                model=flight.key,
+                retry_after=past.load_seconds if past else None,
+            )
+        )
+
+    def _find(self, name: str) -> Entry[Resident] | None:
+        """Return the resident model that ``name`` means although it is listed under its other name."""
+        stem, suffix = split_suffix(name) if isinstance(name, str) else ("", "")
+        table = self._state.ledger.table
+        if not suffix:
+            return table.get(f"{name}{SUFFIXES[0]}")  # the first that a store looks for, so it is the same artifact
+        entry = table.get(stem)
+        return entry if entry is not None and entry.value.suffix == suffix else None
+
+    def _release(self, entry: Entry[Resident]) -> None:
+        ledger = self._state.ledger
+        retired = ledger.release(entry)
+        if retired:
+            self._state.retire(retired)
+        if not self._retain and not entry.pins and entry.state is State.READY:
+            self._state.retire(ledger.detach(entry.key, "retain"))
+        if self._quiet is not None and not ledger.leases and not self._quiet.done():
+            self._quiet.set_result(None)
+
+    async def _renew(self, lease: Lease, deadline: float) -> None:
+        held = lease.entry
+        lease.entry = self._take_resident(lease.name) or await self._take_cold(lease.name, deadline, None)
+        self._release(held)
+
+    @asynccontextmanager
+    async def acquire(self, name: str) -> AsyncIterator[Lease]:
+        """Hold ``name`` resident: ``async with registry.acquire(name) as lease: await lease.predict(rows)``."""
+        lease = Lease(self, self._take_resident(name) or await self._take_cold(name, 0.0, None))
+        try:
+            yield lease
+        finally:
+            self._release(lease.entry)
+
+    @asynccontextmanager
+    async def acquire_many(self, names: Sequence[str]) -> AsyncIterator[list[Lease]]:
+        """Hold several models resident together, all or none; gives their leases in the order of ``names``.
+
+        Groups are put together one at a time: two of them, each holding half of what it needs, would wait for each
+        other for ever. A group that does not fit beside what others hold raises BudgetTimeoutError.
+        """
+        async with AsyncExitStack() as stack:
+            async with self._groups:
+                leases = [await stack.enter_async_context(self.acquire(name)) for name in names]
+            yield leases
+
+    # Residency
+
+    async def load(self, name: str) -> ModelInfo:
+        """Make ``name`` resident now."""
+        async with self.acquire(name) as lease:
+            return lease.model
+
+    async def preload(
+        self,
+        names: Iterable[str] | AsyncIterable[str],
+        *,
+        concurrency: int | None = None,
+        on_progress: Callable[[PreloadProgress], None] | None = None,
+    ) -> PreloadReport:
+        """Make many models resident; ``names`` may be :meth:`names`. Failures are collected, not raised.
+
+        ``on_progress`` is called after each model. Models that do not fit together evict each other: the last stay.
+        """
+        return await preload(
+            self.load, names, concurrency=concurrency or self._load_concurrency, on_progress=on_progress
+        )
+
+    async def unload(self, name: str) -> bool:
+        """Take ``name`` out of memory, pinned or not; False if nothing of it was there.
+
+        Calls in flight get their answers; returns when the bytes are free. Later calls load the model again.
+        """
+        await self.start()
+        state = self._state
+        entry = state.ledger.table.get(name) or self._find(name)
+        key = entry.key if entry is not None else check_name(name)
+        state.pinned.discard(key)
+        flight = state.flights.detach(key)
+        state.retire(state.ledger.detach(key, "unload"))
+        if flight is not None:
+            await asyncio.wait((flight.task,))
+        leaving = [state.left(entry) for entry in state.ledger.leaving if entry.key == key]
+        if leaving:
+            await asyncio.wait(leaving)
+        return bool(flight or leaving)
+
+    async def pin(self, name: str) -> ModelInfo:
+        """Make ``name`` resident and never evict it until :meth:`unpin`; if its worker ends it is loaded again."""
+        async with self.acquire(name) as lease:
+            self._state.pinned.add(lease.name)
+            self._state.ledger.pin(lease.entry)
+            return lease.model
+
+    def unpin(self, name: str) -> None:
+        """Let ``name`` be evicted again; harmless when it is not pinned."""
+        entry = self._state.ledger.table.get(name) or self._find(name)
+        self._state.pinned.discard(entry.key if entry is not None else name)
+        if entry is not None:
+            self._state.retire(self._state.ledger.unpin(entry))
+
+    def resize(self, memory_budget: int | str) -> None:
+        """Change the budget now; what is over a smaller one is evicted at once, or when the leases on it end."""
+        self._state.retire(self._state.ledger.resize(parse_bytes(memory_budget)))
+
+    # What is known
+
+    def info(self, entry: Entry[Resident]) -> ModelInfo:
+        """Describe the model of a lease; :attr:`Lease.model` is the way to call it."""
+        return self._state.info(entry)
+
+    def loaded(self) -> list[ModelInfo]:
+        """Return the resident models, least recently used first."""
+        return [self._state.info(entry) for entry in self._state.ledger.table.values()]
+
+    async def names(self, prefix: str = "") -> AsyncIterator[str]:
+        """Yield what the store offers, as :meth:`predict` takes it, each name once."""
+        listing = getattr(self._store, "names", None)
+        if listing is None:
+            raise StoreError(f"{self._store!r} cannot list its models: it has no method names(prefix).")
+        async for name in listing(prefix):
+            yield name
+
+    def stats(self) -> RegistryStats:
+        """Return all figures; costs no await and no look at every model."""
+        return self._state.stats(self._pool)
+
+    def explain(self, name: str) -> str:
+        """Say why ``name`` is cold, resident, refused or was evicted, with the figures."""
+        entry = self._state.ledger.table.get(name) or self._find(name)
+        return explain(self._state, entry.key if entry is not None else check_name(name))
+
+    def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]:
+        """Call ``callback`` with each event, in the loop, as it happens; call what is returned to stop that."""
+        self._state.subscribers.append(callback)
+        return lambda: self._state.subscribers.remove(callback)
+
+    def __repr__(self) -> str:
+        ledger, mib = self._state.ledger, 1 << 20
+        return (
+            f"<ModelRegistry {self._store!r} {len(ledger.table)} ready, {len(self._state.flights.airborne)} loading, "
+            f"{ledger.charged / mib:.1f}/{ledger.budget / mib:.1f} MiB, {len(self._pool.workers)} workers>"
+        )
+
+    # Workers that end
+
+    def _worker_lost(self, worker: Worker, epitaph: Epitaph) -> None:
+        if epitaph.crashed:
+            for number in worker.requests.models_waiting() & worker.held.keys():
+                self._loader.suspect(worker.held[number])
+        self._state.lose(worker, epitaph)
+        if not self._life.closed:
+            for key in self._state.pinned - self._state.ledger.table.keys():
+                task = asyncio.create_task(self._pin_again(key))
+                self._background.add(task)
+                task.add_done_callback(self._background.discard)
+
+    async def _pin_again(self, key: str) -> None:
+        try:
+            await self.load(key)
+        except ModelCacheError as error:
+            logger.warning("pinned model %s could not be loaded again: %s", key, error)
+
+
+class _Call:
+    """Rows on their way, and what became of them so far."""
+
+    __slots__ = ("columns", "deadline", "lost", "matrix", "output")
+
+    def __init__(self, rows: Any, output: Output, timeout: float | None) -> None:
+        self.matrix, self.columns = as_matrix(rows)
+        try:
+            self.output = _OUTPUT_CODES[output]
+        except (KeyError, TypeError):
+            raise InvalidInputError(f"output is {output!r}: it has to be one of {', '.join(OUTPUTS)}.") from None
+        self.deadline = 0.0 if timeout is None else time.monotonic() + timeout
+        self.lost: Epitaph | None = None
+
+    def keep(self, rows: Any) -> None:
+        """Copy the matrix if it is the caller's own, who may change it while the model loads."""
+        if self.matrix is rows:
+            self.matrix = self.matrix.copy()
+
+
+def _check_positive(**options: float | None) -> None:
+    for name, value in options.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} is {value!r}: it has to be positive.")
+
+
+def _crashed_twice(name: str, epitaph: Epitaph | None) -> WorkerCrashedError:
+    assert epitaph is not None
+    return WorkerCrashedError(
+        f"Two workers ended while {name} was predicting: {epitaph}.",
+        model=name, pid=epitaph.pid, signal=epitaph.signal, exit_code=epitaph.exit_code,
+    )  # fmt: skip

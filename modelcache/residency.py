@@ -1,0 +1,228 @@
+"""The state of one registry, and the I/O that follows from each step of it.
+
+The parts under ``cache/`` decide and do nothing; this is where their decisions become orders to workers, and where the
+workers' reports become steps. No function here awaits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from cachetools import LRUCache
+
+from modelcache.cache.failures import FailureMemory
+from modelcache.cache.flight import Flights
+from modelcache.cache.ledger import Ledger
+from modelcache.cache.sizes import SizeBook
+from modelcache.counters import Counters
+from modelcache.history import History
+from modelcache.records import (
+    Event,
+    LoadFailed,
+    ModelEvicted,
+    ModelInfo,
+    ModelLoaded,
+    RegistryStats,
+    WorkerDied,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from modelcache.cache.entry import Entry
+    from modelcache.cache.policies import EvictionPolicy
+    from modelcache.errors import ModelCacheError
+    from modelcache.pool.artifacts import LoadedFacts
+    from modelcache.pool.lost import Epitaph
+    from modelcache.pool.pool import Pool, Worker
+
+logger = logging.getLogger("modelcache")
+
+_NAMES_REMEMBERED = 100_000
+
+
+@dataclass(slots=True, eq=False)
+class Place:
+    """Where bytes are taken: a worker, and the number it knows them by."""
+
+    worker: Worker
+    number: int
+    left: asyncio.Future[None] | None = field(default=None, kw_only=True)
+    """Resolved when the bytes are free; made by whoever waits for that."""
+    ordered_out: float = field(default=0.0, kw_only=True)
+
+
+@dataclass(slots=True, eq=False)
+class Resident(Place):
+    """A loaded model: what an entry of the table stands for."""
+
+    version: str
+    artifact_bytes: int
+    suffix: str
+    facts: LoadedFacts
+    downloading: float
+    """Seconds."""
+    row_seconds: float = 0.0
+    """Seconds a row takes in a large call, as last measured; 0 before the first."""
+    loaded_at: float = field(default_factory=time.time)
+
+    @property
+    def load_seconds(self) -> float:
+        """Downloading and loading, without queues."""
+        return self.downloading + self.facts.seconds
+
+
+class Residency:
+    """Which models are resident, are being loaded, and are leaving."""
+
+    def __init__(self, budget: int, policy: EvictionPolicy, *, failure_ttl: float, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self.ledger = Ledger(budget, policy, clock=clock)
+        self.flights = Flights()
+        self.failures = FailureMemory(failure_ttl, clock=clock)
+        self.sizes = SizeBook()
+        self.counters = Counters()
+        self.history = History()
+        self.pinned: set[str] = set()
+        """Names to be kept resident, whatever happens to the worker that holds them."""
+        self._costs: LRUCache[str, float] = LRUCache(_NAMES_REMEMBERED)
+        self.subscribers: list[Callable[[Event], None]] = []
+
+    def cost_of(self, key: str, seconds: float) -> float:
+        """Return the moving average of what loads of ``key`` take, the newest weighing half."""
+        average: float = (self._costs.get(key, seconds) + seconds) / 2
+        self._costs[key] = average
+        return average
+
+    def settled(self, entry: Entry[Resident]) -> None:
+        """A model has become resident."""
+        place = entry.value
+        place.worker.held[place.number] = entry
+        self.counters.loaded(place.downloading, place.facts.seconds, len(self.ledger.table))
+        self.history.loaded(entry.key, place.load_seconds)
+        self.emit(ModelLoaded(self.info(entry)))
+
+    def retire(self, entries: Iterable[Entry[Any]]) -> None:
+        """Order the bytes of ``entries`` to be freed, as the ledger has decided."""
+        for entry in entries:
+            place = entry.value
+            place.ordered_out = time.perf_counter()
+            place.worker.held[place.number] = entry
+            place.worker.unload(place.number)
+            if isinstance(place, Resident):
+                self._note_eviction(entry)
+
+    def acknowledged(self, worker: Worker, number: int) -> None:
+        """A worker reports that bytes are free."""
+        entry = worker.held.pop(number, None)
+        if entry is None:
+            return
+        worker.charged -= entry.size
+        self.counters.model_unloading_time.record(time.perf_counter() - entry.value.ordered_out)
+        self._announce_left(entry)
+        self.retire(self.ledger.acknowledge(entry))
+
+    def lose(self, worker: Worker, epitaph: Epitaph) -> None:
+        """A worker has ended, and all that it held is gone."""
+        entries = list(worker.held.values())
+        worker.held.clear()
+        resident = [entry for entry in entries if isinstance(entry.value, Resident)]
+        retired = self.ledger.lose(entries, "worker")
+        for entry in entries:
+            self._announce_left(entry)
+        for entry in resident:
+            self._note_eviction(entry)
+        self.retire(retired)
+        names = tuple(entry.key for entry in resident)
+        self.emit(WorkerDied(epitaph.pid, epitaph.signal, epitaph.exit_code, names))
+
+    def failed(self, key: str, error: ModelCacheError) -> None:
+        """A load has failed."""
+        self.counters.load_failures += 1
+        self.history.failed(key, error, self.clock())
+        self.emit(LoadFailed(key, error))
+
+    def info(self, entry: Entry[Resident]) -> ModelInfo:
+        """Describe a resident model."""
+        place, facts = entry.value, entry.value.facts
+        return ModelInfo(
+            name=entry.key,
+            version=place.version,
+            state=entry.state.value,
+            size_bytes=entry.size,
+            artifact_bytes=place.artifact_bytes,
+            n_features=facts.n_features,
+            feature_names=facts.feature_names,
+            n_outputs=facts.n_outputs,
+            workers=(place.worker.pid,),
+            pinned=entry.pinned,
+            loaded_at=place.loaded_at,
+            last_used=time.time() - (self.clock() - entry.last_used),
+            hits=entry.hits,
+            load_seconds=place.load_seconds,
+            format=facts.format,
+            container=facts.container,
+            objective=facts.objective,
+            booster=facts.booster,
+            n_trees=facts.n_trees,
+            best_iteration=facts.best_iteration,
+        )
+
+    def emit(self, event: Event) -> None:
+        """Tell the subscribers; one that fails is logged and harms nobody."""
+        for subscriber in tuple(self.subscribers):
+            try:
+                subscriber(event)
+            except Exception:
+                logger.exception("a subscriber failed on %s", type(event).__name__)
+
+    def _note_eviction(self, entry: Entry[Resident]) -> None:
+        idle = self.clock() - entry.last_used
+        self.counters.evicted(entry.cause, idle, len(self.ledger.table))
+        self.history.evicted(entry, idle, self.clock())
+        self.emit(ModelEvicted(entry.key, entry.value.version, entry.cause, entry.size))
+
+    def left(self, entry: Entry[Any]) -> asyncio.Future[None]:
+        """Return a future that is resolved when the bytes of ``entry`` are free."""
+        place = entry.value
+        if place.left is None:
+            place.left = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[None] = place.left
+        return future
+
+    @staticmethod
+    def _announce_left(entry: Entry[Any]) -> None:
+        waiter = entry.value.left
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    def stats(self, pool: Pool) -> RegistryStats:
+        """Return all figures, most of them running sums."""
+        counters, ledger, now = self.counters, self.ledger, self.clock()
+        oldest = next(iter(ledger.table.values()), None)
+        return RegistryStats(
+            model_loading_wait_time=counters.model_loading_wait_time.summary(),
+            model_downloading_time=counters.model_downloading_time.summary(),
+            model_loading_time=counters.model_loading_time.summary(),
+            model_unloading_time=counters.model_unloading_time.summary(),
+            model_cache_hit=counters.model_cache_hit,
+            loaded_model_count=counters.loaded_model_count.summary(),
+            requests=counters.hits + counters.misses,
+            hits=counters.hits,
+            joins=counters.joins,
+            loads=counters.loads,
+            load_failures=counters.load_failures,
+            evictions=counters.evictions,
+            budget=ledger.budget,
+            bytes_resident=ledger.resident,
+            bytes_reserved=ledger.reserved,
+            bytes_unloading=ledger.unloading,
+            lru_age=now - oldest.last_used if oldest is not None else 0.0,
+            age_at_eviction=counters.age_at_eviction.summary(),
+            workers=tuple(worker.stats() for worker in pool.workers),
+            worker_restarts=pool.restarts,
+        )

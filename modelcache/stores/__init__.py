@@ -1,0 +1,12 @@
+"""Where artifacts come from.
+
+A store is any object with ``fetch`` and ``close``; see :class:`ArtifactStore`. To add one, write it, run
+``modelcache.testing.check_store`` on it, and pass it to ``ModelRegistry``.
+"""
+
+from modelcache.stores.base import Artifact, ArtifactStore, NotModified
+from modelcache.stores.local import LocalStore
+from modelcache.stores.memory import MemoryStore
+from modelcache.stores.opening import open_store
+
+__all__ = ["Artifact", "ArtifactStore", "LocalStore", "MemoryStore", "NotModified", "open_store"]
