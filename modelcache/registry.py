@@ -143,8 +143,9 @@ class ModelRegistry:
         if self._starting is None:
             self._life.started_on = asyncio.get_running_loop()
             self._starting = asyncio.create_task(self._start())
-        await asyncio.wait((self._starting,))  # a cancelled caller must not take the others' start with it
-        self._starting.result()
+        starting = self._starting
+        await asyncio.wait((starting,))  # a cancelled caller must not take the others' start with it
+        starting.result()
         self._life.check()
         return self
 

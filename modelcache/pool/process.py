@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from anyio import to_thread
+
 from modelcache.errors import ModelCacheError
 from modelcache.pool.channel import Channel
 
@@ -88,7 +90,7 @@ async def _spawn(descriptors: tuple[int, int], threads: int, predictor: str) -> 
         str(threads),
         predictor,
         pass_fds=descriptors,
-        env=_environment(threads),
+        env=await to_thread.run_sync(_environment, threads),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,

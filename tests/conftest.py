@@ -1,0 +1,74 @@
+"""Fixtures that every test uses, and the checks that run after each of them."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import pytest
+from blockbuster import blockbuster_ctx
+
+import oracle
+from modelcache import MemoryStore, ModelRegistry
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+    MakeRegistry = Callable[..., Awaitable[ModelRegistry]]
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """Plain asyncio; test_registry.py runs under debug mode, uvloop and eager tasks as well."""
+    return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def no_blocking_calls_on_the_loop() -> Iterator[None]:
+    """A blocking call of ours on the event loop fails the test."""
+    with blockbuster_ctx("modelcache"):
+        yield
+
+
+@pytest.fixture
+def no_processes_left() -> Iterator[None]:
+    """Whatever the test started has ended."""
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    yield
+    gc.collect()
+    left = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
+    assert [child for child in left if child.status() != psutil.STATUS_ZOMBIE] == []
+
+
+@pytest.fixture
+async def make_registry(no_processes_left: None) -> AsyncIterator[MakeRegistry]:
+    """Make started registries; all are closed after the test, and nothing must be left of them."""
+    made: list[ModelRegistry] = []
+    descriptors = oracle.open_descriptors()
+    async with AsyncExitStack() as stack:
+
+        async def make(store: Any = None, **options: Any) -> ModelRegistry:
+            options.setdefault("workers", 1)
+            options.setdefault("memory_budget", "64 MiB")
+            registry = ModelRegistry(store if store is not None else MemoryStore(), **options)
+            made.append(registry)
+            await registry.start()
+            stack.push_async_callback(registry.close, drain=5)
+            return registry
+
+        yield make
+        for registry in made:
+            oracle.check(registry)
+    for registry in made:
+        oracle.check_gone(registry)
+    await asyncio.sleep(0)
+    assert oracle.open_descriptors() <= descriptors, "a socket or file is left open"
+
+
+async def settle(times: int = 20) -> None:
+    """Let everything that can run now run."""
+    for _ in range(times):
+        await asyncio.sleep(0)

@@ -1,0 +1,79 @@
+"""What has to be true of a registry at any moment, re-counted from scratch; and what must be left of one: nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from modelcache.cache.entry import State
+
+if TYPE_CHECKING:
+    from modelcache import ModelRegistry
+    from modelcache.cache.flight import Flights
+    from modelcache.cache.ledger import Ledger
+
+
+def check_ledger(ledger: Ledger, *, shrunk: bool = False) -> None:
+    """Rules L1, L4, L8: the running sums are what the entries say, and within the budget."""
+    ready, leaving = list(ledger.table.values()), list(ledger.leaving)
+    assert all(ledger.table[entry.key] is entry for entry in ready)
+    assert all(entry.state is State.READY for entry in ready)
+    assert all(entry.state in (State.DETACHED, State.UNLOADING) for entry in leaving)
+    unloading = [entry for entry in leaving if entry.state is State.UNLOADING]
+    detached = [entry for entry in leaving if entry.state is State.DETACHED]
+    assert all(entry.leases > 0 for entry in detached), "a detached entry without a lease has to be unloading"
+    assert not any(entry.leases for entry in unloading), "a leased entry was told to unload"
+    assert ledger.resident == sum(entry.size for entry in ready + detached)
+    assert ledger.unloading == sum(entry.size for entry in unloading)
+    assert ledger.idle == sum(entry.size for entry in ready if not entry.pins)
+    assert ledger.leases == sum(entry.leases for entry in ready + leaving)
+    assert min(ledger.resident, ledger.reserved, ledger.unloading, ledger.idle, ledger.leases) >= 0
+    assert all(claim.state == "queued" for claim in ledger.queue)
+    if not shrunk:
+        assert ledger.charged <= ledger.budget, "the ledger has overrun the budget"
+
+
+def check_flights(flights: Flights) -> None:
+    """Rule F7: the map holds flights that are in the air, under their own key."""
+    assert all(flight.key == key for key, flight in flights.by_key.items())
+    assert set(flights.by_key.values()) <= flights.airborne
+    assert all(flight.listed for flight in flights.by_key.values())
+
+
+def check(registry: ModelRegistry, *, shrunk: bool = False) -> None:
+    """All rules that hold between two steps of the event loop."""
+    state = registry._state
+    check_ledger(state.ledger, shrunk=shrunk)
+    check_flights(state.flights)
+    held = [entry for worker in registry._pool.workers for entry in worker.held.values()]
+    by_identity = Counter(id(entry) for entry in held)
+    assert set(by_identity) == {id(entry) for entry in [*state.ledger.table.values(), *state.ledger.leaving]}
+    assert all(count == 1 for count in by_identity.values())
+
+
+def check_gone(registry: ModelRegistry) -> None:
+    """Rule F11: after close all counters are 0, and no flight, lease, entry or worker is left."""
+    state = registry._state
+    check_ledger(state.ledger)
+    ledger = state.ledger
+    assert (ledger.resident, ledger.reserved, ledger.unloading, ledger.idle, ledger.leases) == (0, 0, 0, 0, 0)
+    assert not ledger.table
+    assert not ledger.leaving
+    assert not ledger.queue
+    assert not state.flights.airborne
+    assert not state.flights.by_key
+    assert not registry._pool.workers
+    assert not registry._background
+
+
+def check_no_tasks_left() -> None:
+    """No task but the test's own is alive."""
+    mine = asyncio.current_task()
+    assert [task for task in asyncio.all_tasks() if task is not mine and not task.done()] == []
+
+
+def open_descriptors() -> int:
+    """Count this process's open files and sockets."""
+    return len(os.listdir("/dev/fd"))
