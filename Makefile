@@ -1,0 +1,47 @@
+# Two commands set everything up: `make demo` shows it, `make test` checks it.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test bench lint format clean
+
+help:
+	@echo "make demo    train ten cities' models, serve them from one process, draw a chart (./demo)"
+	@echo "make test    run all tests"
+	@echo "make bench   run the benchmarks and rewrite benchmarks/results/"
+	@echo "make lint    ruff, mypy --strict"
+	@echo "make format  let ruff format the code"
+	@echo "make clean   remove what the other targets made"
+
+demo: $(VENV)/.demo
+	$(BIN)/modelcache demo
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.bench
+	$(BIN)/python benchmarks/latency.py
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) demo dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# One stamp for each extra, so that a target installs what it needs and no more, once.
+$(VENV)/.%: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "modelcache needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
