@@ -95,7 +95,7 @@ CACHES: dict[str, Callable[[], cachetools.Cache[Any, Any]]] = {
     # Something expires between any two looks at the clock.
     "expires midway": lambda: cachetools.TTLCache(1000, ttl=25, timer=ticking()),
     "three, expires midway": lambda: cachetools.TTLCache(3, ttl=9, timer=ticking()),
-    "clock jumps back": lambda: cachetools.TTLCache(1000, ttl=5, timer=jumping()),
+    "clock jumps back": lambda: cachetools.TTLCache(1000, ttl=4, timer=jumping()),
     "tlru midway": lambda: cachetools.TLRUCache(9, ttu=lambda _k, _e, now: now + 25, timer=ticking()),
 }
 
@@ -848,6 +848,17 @@ def test_adapter_refuses_a_cache_in_use() -> None:
     cache["a"] = 1
     with pytest.raises(ValueError, match="LRUCache of a policy must be empty, it has 1 items"):
         CachetoolsPolicy(cache)
+
+
+def test_adapter_leaves_nothing_behind() -> None:
+    """Removed and evicted models are gone from the cache too."""
+    cache: cachetools.LRUCache[str, Model] = cachetools.LRUCache(10)
+    removed, evicted = models(2)
+    policy = filled(CachetoolsPolicy(cache), [removed, evicted])
+    policy.remove(removed)
+    assert list(cache) == ["m1"]
+    assert policy.evict() is evicted
+    assert not list(cache)
 
 
 def test_adapter_evicts_first_what_a_full_cache_dropped() -> None:
