@@ -9,23 +9,28 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from modelcache.errors import OverloadedError, PredictTimeoutError
-from modelcache.inputs import align
-from modelcache.pool.wire import PAYLOAD_LIMIT
+from modelcache.errors import InvalidInputError, OverloadedError, PredictTimeoutError
+from modelcache.inputs import align, as_matrix
+from modelcache.pool.wire import OUTPUTS, PAYLOAD_LIMIT
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from modelcache.cache.entry import Entry
+    from modelcache.pool.lost import Epitaph
     from modelcache.pool.pool import Worker
+    from modelcache.pool.requests import RequestChannel
+    from modelcache.records import Output
     from modelcache.residency import Resident
 
     Matrix = NDArray[np.float32]
     Answer = asyncio.Future[tuple[Matrix, float]]
+
+_OUTPUT_CODES = {output: code for code, output in enumerate(OUTPUTS)}
 
 _SLICE_SECONDS = 0.005
 """How long one slice should keep a worker busy."""
@@ -35,72 +40,100 @@ _SLICES_IN_FLIGHT = 2
 """One that runs, and one that waits so that the worker need not."""
 
 
-async def ask(
-    entry: Entry[Resident],
-    matrix: Matrix,
-    columns: tuple[str, ...] | None,
-    *,
-    output: int,
-    deadline: float,
-    queue_limit: int,
-) -> Matrix:
-    """Return the predictions of a leased ``entry``; ``deadline`` is of the monotonic clock, 0.0 for none."""
-    place = entry.value
+class Call:
+    """Rows on their way, and what became of them so far."""
+
+    __slots__ = ("columns", "deadline", "lost", "matrix", "output", "queue_limit")
+
+    def __init__(self, rows: Any, output: Output, timeout: float | None, queue_limit: int) -> None:
+        self.matrix, self.columns = as_matrix(rows)
+        try:
+            self.output = _OUTPUT_CODES[output]
+        except (KeyError, TypeError):
+            raise InvalidInputError(f"output is {output!r}: it has to be one of {', '.join(OUTPUTS)}.") from None
+        self.deadline = 0.0 if timeout is None else monotonic() + timeout
+        self.queue_limit = queue_limit
+        self.lost: Epitaph | None = None
+        """The end of the last worker that was asked."""
+
+    def keep(self, rows: Any) -> None:
+        """Copy the matrix if it is the caller's own, who may change it before it is sent."""
+        if self.matrix is rows:
+            self.matrix = self.matrix.copy()
+
+
+class Trace:
+    """What ``invoke`` wants to know of a call."""
+
+    __slots__ = ("asked", "entry", "waited")
+
+    def __init__(self) -> None:
+        self.entry: Entry[Resident]
+        self.waited: float | None = None
+        """Seconds for the model to become resident; None for a hit."""
+        self.asked = 0.0
+
+
+async def ask(entry: Entry[Resident], call: Call) -> Matrix:
+    """Return the predictions of a leased ``entry``."""
+    place, matrix = entry.value, call.matrix
     facts, requests = place.facts, place.worker.requests
-    if columns is not None or matrix.shape[1] != facts.n_features:
-        matrix = align(matrix, columns, model=entry.key, n_features=facts.n_features, feature_names=facts.feature_names)
-    if requests.depth >= queue_limit:
-        raise _overloaded(entry.key, place.worker, queue_limit)
+    if call.columns is not None or matrix.shape[1] != facts.n_features:
+        matrix = align(
+            matrix, call.columns, model=entry.key, n_features=facts.n_features, feature_names=facts.feature_names
+        )
+    if len(requests.pending) >= call.queue_limit:
+        raise _overloaded(entry.key, place.worker, call.queue_limit)
     rows = len(matrix)
     if matrix.nbytes > PAYLOAD_LIMIT or rows * place.row_seconds > 2 * _SLICE_SECONDS:
-        return await _ask_in_slices(entry, matrix, output, deadline)
-    number, answer = requests.predict(place.number, matrix, output, deadline)
-    if not deadline:
-        return await _settled(place, number, answer, rows)
-    timer = _set_timer(entry, number, answer, deadline)
-    try:
-        return await _settled(place, number, answer, rows)
-    finally:
-        timer.cancel()
-
-
-async def _settled(place: Resident, number: int, answer: Answer, rows: int) -> Matrix:
+        return await _ask_in_slices(entry, matrix, call)
+    number, answer = requests.predict(place.number, matrix, call.output, call.deadline)
+    timer = _set_timer(entry, number, answer, call.deadline) if call.deadline else None
     try:
         values, seconds = await answer
     except BaseException:
-        place.worker.requests.cancel(number)
+        requests.cancel(number)
         raise
+    finally:
+        if timer is not None:
+            timer.cancel()
     if rows >= _FEWEST_ROWS:
         place.row_seconds = seconds / rows
     return values
 
 
-async def _ask_in_slices(entry: Entry[Resident], matrix: Matrix, output: int, deadline: float) -> Matrix:
+async def _ask_in_slices(entry: Entry[Resident], matrix: Matrix, call: Call) -> Matrix:
     place = entry.value
     requests = place.worker.requests
     sent, parts = 0, []
-    waiting: deque[tuple[int, Answer, int]] = deque()
-    timers: list[asyncio.TimerHandle] = []
+    waiting: deque[tuple[int, Answer, asyncio.TimerHandle | None]] = deque()
     try:
         while sent < len(matrix) or waiting:
             while sent < len(matrix) and len(waiting) < _SLICES_IN_FLIGHT:
                 await requests.writable()
                 part = matrix[sent : sent + _slice_rows(place, matrix)]
-                number, answer = requests.predict(place.number, part, output, deadline)
-                waiting.append((number, answer, len(part)))
+                number, answer = requests.predict(place.number, part, call.output, call.deadline)
+                timer = _set_timer(entry, number, answer, call.deadline) if call.deadline else None
+                waiting.append((number, answer, timer))
                 sent += len(part)
-                if deadline:
-                    timers = [_set_timer(entry, number, answer, deadline), *timers[:1]]
-            number, answer, rows = waiting[0]
-            parts.append(await _settled(place, number, answer, rows))
-            waiting.popleft()
+            values, seconds = await waiting[0][1]
+            _end(requests, *waiting.popleft())
+            place.row_seconds = seconds / len(values)
+            parts.append(values)
     finally:
-        for timer in timers:
-            timer.cancel()
-        for number, answer, _ in waiting:
-            answer.cancel()
-            requests.cancel(number)
+        for slice_ in waiting:
+            _end(requests, *slice_)
     return np.concatenate(parts)
+
+
+def _end(requests: RequestChannel, number: int, answer: Answer, timer: asyncio.TimerHandle | None) -> None:
+    """Let go of a slice, answered or not."""
+    if timer is not None:
+        timer.cancel()
+    if answer.cancel():
+        requests.cancel(number)
+    elif not answer.cancelled():
+        answer.exception()  # it may have failed unseen, behind the slice that failed the call
 
 
 def _slice_rows(place: Resident, matrix: Matrix) -> int:
@@ -123,8 +156,8 @@ def _expire(entry: Entry[Resident], number: int, answer: Answer) -> None:
     worker.suspect()
     answer.set_exception(
         PredictTimeoutError(
-            f"{entry.key} did not answer within the timeout: {worker.requests.depth} more calls wait for its worker. "
-            "Give it more time, or send fewer rows at once.",
+            f"{entry.key} did not answer within the timeout; {len(worker.requests.pending)} more calls wait for its "
+            "worker. Give it more time, or send fewer rows at once.",
             model=entry.key,
             retry_after=worker.requests.last_latency,
         )

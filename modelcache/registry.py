@@ -16,23 +16,20 @@ from typing import TYPE_CHECKING, Any, Self
 
 from modelcache.cache.entry import State
 from modelcache.cache.policies import make_policy
-from modelcache.calls import ask
+from modelcache.calls import Call, Trace, ask
 from modelcache.errors import (
-    InvalidInputError,
-    LoadTimeoutError,
     ModelCacheError,
     StoreError,
     WorkerCrashedError,
 )
 from modelcache.explaining import explain
-from modelcache.inputs import as_matrix
 from modelcache.lease import Lease
+from modelcache.leasing import Leasing
 from modelcache.lifecycle import Lifecycle
 from modelcache.loader import Loader
-from modelcache.names import SUFFIXES, check_name, split_suffix
+from modelcache.names import check_name
 from modelcache.pool.lost import WorkerLostError
 from modelcache.pool.pool import XGBOOST, Pool
-from modelcache.pool.wire import OUTPUTS
 from modelcache.preloading import preload
 from modelcache.records import Invocation, RegistryStats, Timings
 from modelcache.residency import Residency
@@ -47,7 +44,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from modelcache.cache.entry import Entry
-    from modelcache.cache.flight import Flight
     from modelcache.cache.policies import PolicySpec
     from modelcache.pool.lost import Epitaph
     from modelcache.pool.pool import Worker
@@ -58,21 +54,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("modelcache")
 
-_OUTPUT_CODES = {output: code for code, output in enumerate(OUTPUTS)}
 _UNLOAD_PATIENCE = 10.0
 """Seconds that ``close`` waits for workers to confirm what they have freed before it ends them."""
-
-
-class _Trace:
-    """What ``invoke`` wants to know of a call."""
-
-    __slots__ = ("asked", "entry", "waited")
-
-    def __init__(self) -> None:
-        self.entry: Entry[Resident]
-        self.waited: float | None = None
-        """Seconds for the model to become resident; None for a hit."""
-        self.asked = 0.0
 
 
 class ModelRegistry:
@@ -126,13 +109,11 @@ class ModelRegistry:
         self._loader = Loader(self._state, self._store, self._pool, concurrency=load_concurrency, timeout=load_timeout)
         self._load_concurrency = load_concurrency
         self._queue_limit = queue_limit
-        self._retain = retain
         self._life = Lifecycle(on_fork=self._pool.abandon)
+        self._leasing = Leasing(self._state, self._loader, self._life, retain=retain)
         self._starting: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._groups = asyncio.Lock()
-        self._quiet: asyncio.Future[None] | None = None
-        """Resolved when the last lease ends, while the registry closes."""
         self._background: set[asyncio.Task[Any]] = set()
 
     # From start to close
@@ -140,6 +121,8 @@ class ModelRegistry:
     async def start(self) -> Self:
         """Start the workers; the first call does so too. Harmless when done twice."""
         self._life.check()
+        if self._life.loop is not None:
+            return self
         if self._starting is None:
             self._life.started_on = asyncio.get_running_loop()
             self._starting = asyncio.create_task(self._start())
@@ -175,7 +158,7 @@ class ModelRegistry:
         if self._starting is not None:
             await asyncio.wait((self._starting,))
         await self._ground_flights()
-        await self._drain(drain)
+        await self._leasing.drained(drain)
         ledger = self._state.ledger
         for key in tuple(ledger.table):
             self._state.retire(ledger.detach(key, "close"))
@@ -190,11 +173,6 @@ class ModelRegistry:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, *self._background, return_exceptions=True)
-
-    async def _drain(self, seconds: float) -> None:
-        if self._state.ledger.leases:
-            self._quiet = asyncio.get_running_loop().create_future()
-            await asyncio.wait((self._quiet,), timeout=seconds)
 
     async def __aenter__(self) -> Self:
         return await self.start()
@@ -227,7 +205,7 @@ class ModelRegistry:
 
         The result is float32 of shape (n,), or (n, k) for a model of k outputs: one row gives (1,) or (1, k).
         """
-        return await self._answer(name, rows, output, timeout, None)
+        return await self._answer(name, rows, output, timeout)
 
     async def invoke(
         self,
@@ -238,7 +216,7 @@ class ModelRegistry:
         timeout: float | None = None,
     ) -> Invocation:
         """Predict, and tell which model answered, where it was when the call came, and where the time went."""
-        started, trace = time.perf_counter(), _Trace()
+        started, trace = time.perf_counter(), Trace()
         predictions = await self._answer(name, rows, output, timeout, trace)
         place, waited, ended = trace.entry.value, trace.waited, time.perf_counter()
         cold = waited is not None
@@ -262,156 +240,64 @@ class ModelRegistry:
         rows: Any,
         output: Output,
         timeout: float | None,
-        trace: _Trace | None,
+        trace: Trace | None = None,
     ) -> Matrix:
-        call = _Call(rows, output, timeout)
+        call = Call(rows, output, timeout, self._queue_limit)
         for _ in range(2):
-            entry = self._take_resident(name)
-            if entry is None:
-                call.keep(rows)
-                entry = await self._take_cold(name, call.deadline, trace)
+            entry = self._leasing.take_resident(name) or await self._take_cold(name, rows, call, trace)
             if trace is not None:
                 trace.entry, trace.asked = entry, time.perf_counter()
             try:
-                return await self._ask(entry, call)
+                answer = await ask(entry, call)
             except WorkerLostError as error:
+                self._life.check()  # perhaps it was ended by close()
                 call.lost = error.epitaph
+            else:
+                self._loader.acquit(entry)
+                return answer
             finally:
-                self._release(entry)
+                self._leasing.release(entry)
         raise _crashed_twice(name, call.lost)
 
-    async def predict_leased(
-        self,
-        lease: Lease,
-        rows: Any,
-        output: Output,
-        timeout: float | None,
-    ) -> Matrix:
+    async def _take_cold(self, name: str, rows: Any, call: Call, trace: Trace | None) -> Entry[Resident]:
+        """Load the model, while the caller may go on changing the array it has passed."""
+        started = time.perf_counter()
+        call.keep(rows)
+        await self.start()
+        entry = self._leasing.take_resident(name)
+        if entry is None:
+            entry = await self._leasing.take_cold(name, call.deadline)
+            if trace is not None:
+                trace.waited = time.perf_counter() - started
+        return entry
+
+    async def predict_leased(self, lease: Lease, rows: Any, output: Output, timeout: float | None) -> Matrix:
         """Predict with the version that ``lease`` holds; :meth:`Lease.predict` is the way to call it."""
         self._life.check()
-        call = _Call(rows, output, timeout)
+        call = Call(rows, output, timeout, self._queue_limit)
         for _ in range(2):
             if lease.entry.state is State.GONE:  # its worker has ended
-                await self._renew(lease, call.deadline)
+                call.keep(rows)
+                held, lease.entry = lease.entry, await self._leasing.take(lease.name, call.deadline)
+                self._leasing.release(held)
             try:
-                return await self._ask(lease.entry, call)
+                return await ask(lease.entry, call)
             except WorkerLostError as error:
+                self._life.check()
                 call.lost = error.epitaph
         raise _crashed_twice(lease.name, call.lost)
 
-    async def _ask(self, entry: Entry[Resident], call: _Call) -> Matrix:
-        try:
-            answer = await ask(
-                entry, call.matrix, call.columns,
-                output=call.output, deadline=call.deadline, queue_limit=self._queue_limit,
-            )  # fmt: skip
-        except WorkerLostError:
-            self._life.check()  # it was ended by close()
-            raise
-        self._loader.acquit(entry)
-        return answer
-
-    # Leases
-
-    def _take_resident(self, name: str) -> Entry[Resident] | None:
-        """Lease ``name`` if it is resident: the whole way of a warm call, without an await."""
-        if asyncio.get_running_loop() is not self._life.loop:
-            return None  # not started, closed or another loop: the cold path knows which
-        ledger = self._state.ledger
-        entry = ledger.table.get(name) or self._find(name)
-        if entry is not None:
-            ledger.lease(entry)
-            ledger.hit(entry)
-            self._state.counters.hits += 1
-        return entry
-
-    async def _take_cold(self, name: str, deadline: float, trace: _Trace | None) -> Entry[Resident]:
-        """Join the flight of ``name``, or start one, and return the lease it gives."""
-        started = time.perf_counter()
-        check_name(name)
-        if self._life.loop is None or asyncio.get_running_loop() is not self._life.loop:
-            await self.start()
-            if (entry := self._take_resident(name)) is not None:
-                return entry
-        refused = self._state.failures.recall(name)
-        if refused is not None:
-            raise refused.fresh()
-        entry = await self._wait_for_flight(name, deadline)
-        waited = time.perf_counter() - started
-        self._state.counters.model_loading_wait_time.record(waited)
-        if trace is not None:
-            trace.waited = waited
-        return entry
-
-    async def _wait_for_flight(self, name: str, deadline: float) -> Entry[Resident]:
-        state, loop = self._state, asyncio.get_running_loop()
-        waiter: asyncio.Future[Entry[Resident]] = loop.create_future()
-        flight, is_new = state.flights.join(name, waiter)
-        state.counters.misses += 1
-        if is_new:
-            self._loader.start(flight)
-        else:
-            state.counters.joins += 1
-        timer = None
-        if deadline:
-            timer = loop.call_later(max(0.0, deadline - time.monotonic()), self._expire, flight, waiter)
-        try:
-            return await waiter
-        except asyncio.CancelledError:
-            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
-                self._release(waiter.result())  # it was handed over in the same tick
-            raise
-        finally:
-            if timer is not None:
-                timer.cancel()
-            if state.flights.leave(flight, waiter):
-                flight.task.cancel()
-
-    def _expire(self, flight: Flight, waiter: asyncio.Future[Any]) -> None:
-        if waiter.done():
-            return
-        past = self._state.history.of(flight.key)
-        waiter.set_exception(
-            LoadTimeoutError(
-                f"{flight.key} is still {flight.phase.value}; the load goes on for others, and a later call may find "
-                "it resident. Give the first call more time, or preload().",
-                model=flight.key,
-                retry_after=past.load_seconds if past else None,
-            )
-        )
-
-    def _find(self, name: str) -> Entry[Resident] | None:
-        """Return the resident model that ``name`` means although it is listed under its other name."""
-        stem, suffix = split_suffix(name) if isinstance(name, str) else ("", "")
-        table = self._state.ledger.table
-        if not suffix:
-            return table.get(f"{name}{SUFFIXES[0]}")  # the first that a store looks for, so it is the same artifact
-        entry = table.get(stem)
-        return entry if entry is not None and entry.value.suffix == suffix else None
-
-    def _release(self, entry: Entry[Resident]) -> None:
-        ledger = self._state.ledger
-        retired = ledger.release(entry)
-        if retired:
-            self._state.retire(retired)
-        if not self._retain and not entry.pins and entry.state is State.READY:
-            self._state.retire(ledger.detach(entry.key, "retain"))
-        if self._quiet is not None and not ledger.leases and not self._quiet.done():
-            self._quiet.set_result(None)
-
-    async def _renew(self, lease: Lease, deadline: float) -> None:
-        held = lease.entry
-        lease.entry = self._take_resident(lease.name) or await self._take_cold(lease.name, deadline, None)
-        self._release(held)
+    # Holding models
 
     @asynccontextmanager
     async def acquire(self, name: str) -> AsyncIterator[Lease]:
         """Hold ``name`` resident: ``async with registry.acquire(name) as lease: await lease.predict(rows)``."""
-        lease = Lease(self, self._take_resident(name) or await self._take_cold(name, 0.0, None))
+        await self.start()
+        lease = Lease(self, await self._leasing.take(name))
         try:
             yield lease
         finally:
-            self._release(lease.entry)
+            self._leasing.release(lease.entry)
 
     @asynccontextmanager
     async def acquire_many(self, names: Sequence[str]) -> AsyncIterator[list[Lease]]:
@@ -454,7 +340,7 @@ class ModelRegistry:
         """
         await self.start()
         state = self._state
-        entry = state.ledger.table.get(name) or self._find(name)
+        entry = self._leasing.find(name)
         key = entry.key if entry is not None else check_name(name)
         state.pinned.discard(key)
         flight = state.flights.detach(key)
@@ -475,7 +361,7 @@ class ModelRegistry:
 
     def unpin(self, name: str) -> None:
         """Let ``name`` be evicted again; harmless when it is not pinned."""
-        entry = self._state.ledger.table.get(name) or self._find(name)
+        entry = self._leasing.find(name)
         self._state.pinned.discard(entry.key if entry is not None else name)
         if entry is not None:
             self._state.retire(self._state.ledger.unpin(entry))
@@ -508,7 +394,7 @@ class ModelRegistry:
 
     def explain(self, name: str) -> str:
         """Say why ``name`` is cold, resident, refused or was evicted, with the figures."""
-        entry = self._state.ledger.table.get(name) or self._find(name)
+        entry = self._leasing.find(name)
         return explain(self._state, entry.key if entry is not None else check_name(name))
 
     def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]:
@@ -541,26 +427,6 @@ class ModelRegistry:
             await self.load(key)
         except ModelCacheError as error:
             logger.warning("pinned model %s could not be loaded again: %s", key, error)
-
-
-class _Call:
-    """Rows on their way, and what became of them so far."""
-
-    __slots__ = ("columns", "deadline", "lost", "matrix", "output")
-
-    def __init__(self, rows: Any, output: Output, timeout: float | None) -> None:
-        self.matrix, self.columns = as_matrix(rows)
-        try:
-            self.output = _OUTPUT_CODES[output]
-        except (KeyError, TypeError):
-            raise InvalidInputError(f"output is {output!r}: it has to be one of {', '.join(OUTPUTS)}.") from None
-        self.deadline = 0.0 if timeout is None else time.monotonic() + timeout
-        self.lost: Epitaph | None = None
-
-    def keep(self, rows: Any) -> None:
-        """Copy the matrix if it is the caller's own, who may change it while the model loads."""
-        if self.matrix is rows:
-            self.matrix = self.matrix.copy()
 
 
 def _check_positive(**options: float | None) -> None:

@@ -180,7 +180,11 @@ class Ledger:
         entry.last_used = self._clock()
         if entry.state is State.READY:
             self.table.move_to_end(entry.key)
-            self._tell("hit", entry)
+            if self.policy is not None:
+                try:
+                    self.policy.hit(entry)
+                except Exception as error:  # noqa: BLE001 - it is anybody's code
+                    self._dismiss_policy("hit", error)
 
     def release(self, entry: Entry[Any]) -> Retired:
         """End a lease; the last one retires a detached entry."""

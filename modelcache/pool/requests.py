@@ -39,13 +39,9 @@ class RequestChannel(Channel):
         super().__init__(wire.REPLY, lost)
         self._observe = observe
         self._number = 0
-        self._pending: dict[int, _Pending] = {}
-        self.last_latency = 0.0
-
-    @property
-    def depth(self) -> int:
+        self.pending: dict[int, _Pending] = {}
         """Calls sent and not yet answered."""
-        return len(self._pending)
+        self.last_latency = 0.0
 
     def predict(
         self, model: int, rows: NDArray[np.float32], output: int, deadline: float
@@ -53,7 +49,7 @@ class RequestChannel(Channel):
         """Send ``rows``; the future gives the predictions and the seconds that the worker took for them."""
         number = self._number = (self._number + 1) % _NUMBERS
         future: asyncio.Future[Any] = self._loop.create_future()
-        self._pending[number] = _Pending(future, monotonic(), model)
+        self.pending[number] = _Pending(future, monotonic(), model)
         count, columns = rows.shape
         payload = rows.tobytes()
         self.send(
@@ -65,43 +61,43 @@ class RequestChannel(Channel):
         """Ask the worker's main thread for a sign of life."""
         number = self._number = (self._number + 1) % _NUMBERS
         future: asyncio.Future[Any] = self._loop.create_future()
-        self._pending[number] = _Pending(future, monotonic(), 0)
+        self.pending[number] = _Pending(future, monotonic(), 0)
         self.send(wire.REQUEST.pack(0, wire.PING, 0, 0, number, 0, 0, 0, 0.0))
         return future
 
     def cancel(self, number: int) -> None:
         """Forget a call; the worker skips it if it has not run."""
-        if self._pending.pop(number, None) is not None and not self.closed:
+        if self.pending.pop(number, None) is not None and not self.closed:
             self.send(wire.REQUEST.pack(0, wire.CANCEL, 0, 0, number, 0, 0, 0, 0.0))
 
     def models_waiting(self) -> set[int]:
         """Return the models that calls in flight are for."""
-        return {pending.model for pending in self._pending.values()}
+        return {pending.model for pending in self.pending.values()}
 
     def oldest(self) -> float | None:
         """Return when the oldest unanswered call was sent."""
-        first = next(iter(self._pending.values()), None)
+        first = next(iter(self.pending.values()), None)
         return first.sent if first else None
 
     def fail_all(self, epitaph: Epitaph) -> None:
         """The worker is gone: wake everyone who waits for it."""
-        pending, self._pending = self._pending, {}
+        pending, self.pending = self.pending, {}
         for call in pending.values():
             if not call.future.done():
                 call.future.set_exception(WorkerLostError(epitaph))
 
     def data_received(self, data: bytes) -> None:
         """Resolve the answered calls; what their callers send next leaves in one write."""
-        before = len(self._pending)
+        before = len(self.pending)
         super().data_received(data)
-        if before - len(self._pending) > 1:
+        if before - len(self.pending) > 1:
             # Their callers wake up in the next tick, before what is scheduled now.
             self.cork()
 
     def frame_received(self, header: tuple[Any, ...], data: bytes, start: int, end: int) -> None:
         """Resolve one call."""
         _, kind, dimensions, _, number, rows, second, third, seconds = header
-        pending = self._pending.pop(number, None)
+        pending = self.pending.pop(number, None)
         if pending is None or pending.future.done():
             return  # cancelled or timed out meanwhile
         if kind != wire.RESULT:

@@ -1,0 +1,123 @@
+"""Leases: how a call comes to hold a model, at once when it is resident and by a flight when it is not."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any
+
+from modelcache.cache.entry import State
+from modelcache.errors import LoadTimeoutError
+from modelcache.names import SUFFIXES, check_name, split_suffix
+
+if TYPE_CHECKING:
+    from modelcache.cache.entry import Entry
+    from modelcache.cache.flight import Flight
+    from modelcache.lifecycle import Lifecycle
+    from modelcache.loader import Loader
+    from modelcache.residency import Residency, Resident
+
+
+class Leasing:
+    """Gives out leases and takes them back; with ``retain=False`` a model leaves with its last one."""
+
+    def __init__(self, state: Residency, loader: Loader, life: Lifecycle, *, retain: bool) -> None:
+        self._state = state
+        self._loader = loader
+        self._life = life
+        self._retain = retain
+        self._quiet: asyncio.Future[None] | None = None
+        """Resolved when the last lease ends, while the registry closes."""
+
+    def take_resident(self, name: str) -> Entry[Resident] | None:
+        """Lease ``name`` if it is resident: the whole way of a warm call, without an await."""
+        if asyncio.get_running_loop() is not self._life.loop:
+            return None  # not started, closed, or another loop: the cold path finds out which
+        ledger = self._state.ledger
+        entry = ledger.table.get(name) or self.find(name)
+        if entry is not None:
+            ledger.lease(entry)
+            ledger.hit(entry)
+            self._state.counters.hits += 1
+        return entry
+
+    async def take(self, name: str, deadline: float = 0.0) -> Entry[Resident]:
+        """Lease ``name``, loading it if it is not resident; ``deadline`` is monotonic, 0.0 for none."""
+        return self.take_resident(name) or await self.take_cold(name, deadline)
+
+    async def take_cold(self, name: str, deadline: float) -> Entry[Resident]:
+        """Join the flight of ``name``, or start one, and return the lease it gives. The registry has started."""
+        check_name(name)
+        refused = self._state.failures.recall(name)
+        if refused is not None:
+            raise refused.fresh()
+        started = time.perf_counter()
+        entry = await self._wait_for_flight(name, deadline)
+        self._state.counters.model_loading_wait_time.record(time.perf_counter() - started)
+        return entry
+
+    def release(self, entry: Entry[Resident]) -> None:
+        """End a lease."""
+        ledger = self._state.ledger
+        retired = ledger.release(entry)
+        if retired:
+            self._state.retire(retired)
+        if not self._retain and not entry.pins and entry.state is State.READY:
+            self._state.retire(ledger.detach(entry.key, "retain"))
+        if self._quiet is not None and not ledger.leases and not self._quiet.done():
+            self._quiet.set_result(None)
+
+    def find(self, name: str) -> Entry[Resident] | None:
+        """Return the resident model that ``name`` means, also when it is listed with, or without, its suffix."""
+        table = self._state.ledger.table
+        entry: Entry[Resident] | None = table.get(name)
+        if entry is not None or not isinstance(name, str):
+            return entry
+        stem, suffix = split_suffix(name)
+        if not suffix:
+            return table.get(name + SUFFIXES[0])  # the first that a store looks for, so it is the same artifact
+        entry = table.get(stem)
+        return entry if entry is not None and entry.value.suffix == suffix else None
+
+    async def drained(self, seconds: float) -> None:
+        """Wait until no lease is left, for ``seconds`` at most."""
+        if self._state.ledger.leases:
+            self._quiet = asyncio.get_running_loop().create_future()
+            await asyncio.wait((self._quiet,), timeout=seconds)
+
+    async def _wait_for_flight(self, name: str, deadline: float) -> Entry[Resident]:
+        state, loop = self._state, asyncio.get_running_loop()
+        waiter: asyncio.Future[Entry[Resident]] = loop.create_future()
+        flight, is_new = state.flights.join(name, waiter)
+        state.counters.misses += 1
+        if is_new:
+            self._loader.start(flight)
+        else:
+            state.counters.joins += 1
+        timer = None
+        if deadline:
+            timer = loop.call_later(max(0.0, deadline - time.monotonic()), self._expire, flight, waiter)
+        try:
+            return await waiter
+        except asyncio.CancelledError:
+            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
+                self.release(waiter.result())  # it was handed over in the same tick
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+            if state.flights.leave(flight, waiter):
+                flight.task.cancel()
+
+    def _expire(self, flight: Flight, waiter: asyncio.Future[Any]) -> None:
+        if waiter.done():
+            return
+        past = self._state.history.of(flight.key)
+        waiter.set_exception(
+            LoadTimeoutError(
+                f"{flight.key} is still {flight.phase.value}; the load goes on for others, and a later call may find "
+                "it resident. Give the first call more time, or preload().",
+                model=flight.key,
+                retry_after=past.load_seconds if past else None,
+            )
+        )
