@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 _LONGEST = 30.0
 _REMEMBERED = 10_000
 _JITTER = 0.25
+_MOST_DOUBLINGS = 32
+"""By then the longest time is long reached; a float would overflow at some thousand."""
 
 
 class _Failure(NamedTuple):
@@ -38,7 +40,8 @@ class FailureMemory:
             return
         last = self._failures.get(key)
         in_a_row = last.in_a_row + 1 if last and doubling else 1
-        seconds = min(self._ttl * 2 ** (in_a_row - 1), _LONGEST) * self._random.uniform(1 - _JITTER, 1)
+        doubled = self._ttl * 2 ** min(in_a_row - 1, _MOST_DOUBLINGS)
+        seconds = min(doubled, _LONGEST) * self._random.uniform(1 - _JITTER, 1)
         self._failures[key] = _Failure(error, self._clock() + seconds, in_a_row)
 
     def recall(self, key: str) -> ModelCacheError | None:

@@ -35,13 +35,15 @@ class Phase(Enum):
 class Flight:
     """A load under way and those who wait for it."""
 
-    __slots__ = ("key", "listed", "phase", "task", "waiters")
+    __slots__ = ("key", "listed", "needed", "phase", "task", "waiters")
 
     def __init__(self, key: str) -> None:
         self.key = key
         self.phase = Phase.QUEUED
         self.listed = True
         """False once the model was unloaded: what lands is for the present waiters only."""
+        self.needed = 0
+        """Bytes it has claimed, or waits for."""
         self.waiters: set[Waiter] = set()
         self.task: Any = None
         """The task that flies it; kept here, since an event loop holds tasks weakly."""

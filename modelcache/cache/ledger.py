@@ -109,7 +109,8 @@ class Ledger:
     def claim(self, key: str, size: int, waiter: Waiter) -> tuple[Claim, Retired]:
         """Queue for ``size`` bytes, first come, first served; ``waiter`` gets True when they are granted.
 
-        The caller has checked that ``size`` is not beyond the whole budget.
+        The caller has checked that ``size`` is not beyond the whole budget; ``waiter`` gets False if a smaller budget
+        puts it there.
         """
         claim = Claim(key, size, waiter)
         self.queue.append(claim)
@@ -201,8 +202,10 @@ class Ledger:
         return []
 
     def pin(self, entry: Entry[Any]) -> None:
-        """Never evict ``entry`` until :meth:`unpin`; harmless when done twice."""
-        if not entry.pins and entry.state is State.READY:
+        """Never evict ``entry`` until :meth:`unpin`; harmless when done twice, or when it has left the table."""
+        if entry.state is not State.READY:
+            return  # a pin would keep it for ever: nobody finds it any more to unpin it
+        if not entry.pins:
             self.idle -= entry.size
         entry.pinned = True
 
@@ -247,6 +250,8 @@ class Ledger:
     def resize(self, budget: int) -> Retired:
         """Change the budget; what is over the new one is evicted now, or when the leases on it end."""
         self.budget = budget
+        for claim in [waiting for waiting in self.queue if waiting.bytes > budget]:
+            self._refuse(claim)
         return self._pump()
 
     # Steps inside a step
@@ -289,14 +294,12 @@ class Ledger:
         for claim in [later for later in self.queue if later.bytes <= self.free]:
             if head.overtaken >= _MOST_OVERTAKINGS:
                 return
-            if claim.bytes <= self.free:
+            if claim.bytes <= self.free and not claim.waiter.done():
                 head.overtaken += 1
                 self.queue.remove(claim)
                 self._grant(claim)
 
     def _grant(self, claim: Claim) -> None:
-        if claim.waiter.done():
-            return
         self.reserved += claim.bytes
         if claim.grows:
             claim.grows.bytes += claim.bytes
@@ -305,11 +308,11 @@ class Ledger:
             claim.state = "granted"
         claim.waiter.set_result(True)
 
-    def _refuse(self, growth: Claim) -> None:
-        self.queue.remove(growth)
-        growth.state = "ended"
-        if not growth.waiter.done():
-            growth.waiter.set_result(False)
+    def _refuse(self, claim: Claim) -> None:
+        self.queue.remove(claim)
+        claim.state = "ended"
+        if not claim.waiter.done():
+            claim.waiter.set_result(False)
 
     def _remove(self, entry: Entry[Any], cause: EvictionCause) -> Retired:
         self._unlist(entry, cause)

@@ -47,11 +47,18 @@ class SizeBook:
 
     def __init__(self) -> None:
         self._ratios: dict[str, _Spread] = {}
-        self._known: LRUCache[tuple[str, str], int] = LRUCache(_VERSIONS_KNOWN)
+        self._known: LRUCache[tuple[str, str], tuple[int, int]] = LRUCache(_VERSIONS_KNOWN)
+        """Measured and unpacked bytes."""
 
     def known(self, key: str, version: str) -> int | None:
         """Return what this version took when it was loaded before."""
-        return self._known.get((key, version))
+        known: tuple[int, int] | None = self._known.get((key, version))
+        return known[0] if known else None
+
+    def unpacked(self, key: str, version: str) -> int:
+        """Return the unpacked bytes of a version that was loaded before, else 0."""
+        known: tuple[int, int] | None = self._known.get((key, version))
+        return known[1] if known else 0
 
     def upper(self, unpacked: int, suffix: str) -> int:
         """Return the bytes to reserve for a model of ``unpacked`` bytes."""
@@ -67,7 +74,7 @@ class SizeBook:
 
     def learn(self, key: str, version: str, suffix: str, *, unpacked: int, measured: int) -> None:
         """Take note of a load."""
-        self._known[key, version] = measured
+        self._known[key, version] = measured, unpacked
         self._ratios.setdefault(suffix, _Spread()).add(max(0, measured - _FIXED) / max(1, unpacked))
 
     def _ratio(self, suffix: str) -> float:
