@@ -10,13 +10,16 @@ _SUB = 16
 """Buckets per power of two: a percentile is off by at most 1/32 of its value."""
 
 _LOWEST, _HIGHEST = -24, 16
-"""Powers of two that are told apart: 60 nanoseconds to 18 hours, when values are seconds."""
+"""Powers of two that are told apart: 60 nanoseconds to 18 hours, when values are seconds.
+
+What is smaller counts as the minimum (mostly 0), what is larger as the maximum."""
 
 
 class Histogram:
     """Values >= 0 in buckets whose width grows with the value; 5 kB, whatever it has seen.
 
-    The layout is that of HdrHistogram: exponent first, then the leading bits of the mantissa.
+    The layout is that of HdrHistogram: exponent first, then the leading bits of the mantissa. The first and the last
+    bucket take what lies outside.
     """
 
     __slots__ = ("_buckets", "count", "max", "min", "sum")
@@ -25,7 +28,7 @@ class Histogram:
         self.count = 0
         self.sum = 0.0
         self.min, self.max = inf, 0.0
-        self._buckets = [0] * (_SUB * (_HIGHEST - _LOWEST) + 1)
+        self._buckets = [0] * (_SUB * (_HIGHEST - _LOWEST + 1) + 1)
 
     def record(self, value: float) -> None:
         """Count one value."""
@@ -45,7 +48,7 @@ class Histogram:
         for bucket, count in enumerate(self._buckets):
             seen += count
             if count and seen >= rank:
-                return min(max(_middle(bucket), self.min), self.max)
+                return min(max(self._middle(bucket), self.min), self.max)
         return 0.0
 
     def summary(self) -> Summary:
@@ -60,7 +63,10 @@ class Histogram:
             p99=self.percentile(99),
         )
 
-
-def _middle(bucket: int) -> float:
-    exponent, position = divmod(bucket + 0.5, _SUB)
-    return float((1 + position / _SUB) / 2 * 2 ** (exponent + _LOWEST))
+    def _middle(self, bucket: int) -> float:
+        if bucket == 0:
+            return self.min
+        if bucket == len(self._buckets) - 1:
+            return self.max
+        exponent, position = divmod(bucket + 0.5, _SUB)
+        return float((1 + position / _SUB) / 2 * 2 ** (exponent + _LOWEST))

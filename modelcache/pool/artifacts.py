@@ -119,6 +119,11 @@ class ArtifactChannel(Channel):
         self._loadings: dict[int, Loading] = {}
         self._measuring: list[asyncio.Future[int]] = []
 
+    @property
+    def loading(self) -> bool:
+        """True while an artifact is on its way into the worker."""
+        return bool(self._loadings)
+
     def begin(self, model: int, allowed: int) -> Loading:
         """Announce an artifact whose reservation covers ``allowed`` unpacked bytes."""
         loading = self._loadings[model] = Loading(self, model)
@@ -165,7 +170,9 @@ class ArtifactChannel(Channel):
         elif kind == wire.UNLOADED:
             self._unloaded(model)
         elif kind == wire.HEAP:
-            self._measuring.pop(0).set_result(number)
+            measuring = self._measuring.pop(0)
+            if not measuring.done():
+                measuring.set_result(number)
         elif loading := self._loadings.get(model):
             self._advance(loading, kind, number, data[start:end])
 

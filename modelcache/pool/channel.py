@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,10 +39,9 @@ class Channel(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Start (called by the loop)."""
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's is no instance of it
         self._descriptor = transport.get_extra_info("socket").fileno()
-        transport.set_write_buffer_limits(high=_HIGH_WATER)
+        self._transport.set_write_buffer_limits(high=_HIGH_WATER)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the loop's signature
         """Report the end of the other side (called by the loop)."""
@@ -50,12 +49,12 @@ class Channel(asyncio.Protocol):
         self._lost()
 
     def send(self, frame: bytes) -> None:
-        """Write ``frame`` now or at the end of this tick, without waiting."""
+        """Write ``frame`` now or at the end of this tick, without waiting; in vain once the lane has ended."""
         if self._corked:
             self._outbox.append(frame)
             return
         self.cork()
-        self._transport.write(frame)
+        self._write(frame)
 
     def cork(self) -> None:
         """Hold back what is sent until the end of this tick, to let it leave in one write."""
@@ -67,7 +66,11 @@ class Channel(asyncio.Protocol):
         self._corked = False
         if self._outbox:
             frames, self._outbox = self._outbox, []
-            self._transport.write(b"".join(frames))
+            self._write(b"".join(frames))
+
+    def _write(self, data: bytes) -> None:
+        if not self._transport.is_closing():  # uvloop raises, asyncio warns
+            self._transport.write(data)
 
     # Back-pressure towards the worker: its socket is full, and it is busy
 
@@ -80,6 +83,11 @@ class Channel(asyncio.Protocol):
         if self._writable is not None and not self._writable.done():
             self._writable.set_result(None)
         self._writable = None
+
+    @property
+    def congested(self) -> bool:
+        """True while the worker has not taken enough of what was sent."""
+        return self._writable is not None
 
     async def writable(self) -> None:
         """Wait until the worker has taken enough of what was sent."""
@@ -122,6 +130,12 @@ class Channel(asyncio.Protocol):
         self._transport.abort()
 
     def abandon(self) -> None:
-        """Close this process's copy of the descriptor without a word to the loop, which may be another process's."""
+        """Let go of the lane without a word to the loop, which may be another process's.
+
+        Something harmless takes the descriptor's place: its number must not go to another file, which the transport
+        would close when it is collected.
+        """
         if not self._transport.is_closing():
-            os.close(self._descriptor)
+            harmless = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+            os.dup2(harmless, self._descriptor, inheritable=False)
+            os.close(harmless)

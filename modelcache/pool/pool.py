@@ -27,6 +27,10 @@ XGBOOST = "modelcache.worker.predictors:XGBoostPredictor"
 _LONGEST_BACKOFF = 5.0
 _START_TIMEOUT = 60.0
 _LEAVE_TIMEOUT = 5.0
+_COMPUTES = 0.01
+"""CPU seconds per second of patience by which a worker that computes is told from one that is stuck."""
+_PATIENCE_WITH_BUSY = 12
+"""One prediction may take long: a worker that computes is given more time, if not for ever."""
 
 
 class Worker:
@@ -50,6 +54,7 @@ class Worker:
         self._unloading: dict[int, float] = {}
         self._ping: asyncio.Future[Any] | None = None
         self._pinged = 0.0
+        self._cpu_seconds = 0.0
 
     async def start(self, threads: int, predictor: str) -> None:
         """Start the process and wait until it is up; on an error nothing of it is left."""
@@ -67,8 +72,7 @@ class Worker:
             raise
 
     async def _greet(self) -> None:
-        async with asyncio.timeout(_START_TIMEOUT):
-            await asyncio.wait((self.hello, self.ended), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((self.hello, self.ended), timeout=_START_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
         if not self.hello.done():
             raise WorkerCrashedError(f"A worker could not be started: {await self.bury()}.", pid=self.pid)
         hello = self.hello.result()
@@ -79,17 +83,21 @@ class Worker:
     @property
     def pid(self) -> int:
         """Process id."""
-        return self.process.child.pid
+        return self.process.pid
 
     @property
     def alive(self) -> bool:
         """True while both lanes are open."""
         return not self.ended.done()
 
+    def check_alive(self) -> None:
+        """Raise WorkerLostError if the worker has ended."""
+        if not self.alive:
+            raise WorkerLostError(self._epitaph())
+
     def begin_load(self, model: int, allowed: int) -> Loading:
         """Announce an artifact; raises WorkerLostError if the worker has ended meanwhile."""
-        if not self.alive:
-            raise WorkerLostError(Epitaph(self.pid, self.process.child.returncode, self.process.last_words))
+        self.check_alive()
         return self.process.artifacts.begin(model, allowed)
 
     def forget_load(self, loading: Loading) -> None:
@@ -115,8 +123,12 @@ class Worker:
         """Kill the process if it has given no sign of life for ``patience`` seconds."""
         if self._ping is not None and self._ping.done():
             self._ping = None
-        if self._ping is None and (oldest := self.requests.oldest()) is not None and now - oldest > patience / 2:
+        oldest = self.requests.oldest()
+        if self.process.artifacts.loading or (oldest is not None and now - oldest > patience / 2):
             self.suspect()
+        used, self._cpu_seconds = self._cpu_seconds, self.process.cpu_seconds()
+        if self._cpu_seconds - used > _COMPUTES * patience:
+            patience *= _PATIENCE_WITH_BUSY
         silent = self._ping is not None and now - self._pinged > patience
         unload = next(iter(self._unloading.values()), now)
         if silent or (now - unload > patience and not self.process.artifacts.parsing()):
@@ -142,16 +154,18 @@ class Worker:
         self.close()
         if not patient:
             self.process.kill()
-        try:
-            async with asyncio.timeout(_LEAVE_TIMEOUT):
-                exit_code = await self.process.wait()
-        except TimeoutError:
+        if not await self.process.wait(_LEAVE_TIMEOUT):
             self.process.kill()
-            exit_code = await self.process.wait()
-        return Epitaph(self.pid, exit_code, self.process.last_words)
+            await self.process.wait()
+        return self._epitaph()
+
+    def _epitaph(self) -> Epitaph:
+        return Epitaph(self.pid, self.process.exit_code, self.process.last_words)
 
     def fail_all(self, epitaph: Epitaph) -> None:
         """Wake everyone who waits for the worker."""
+        if self._ping is not None:
+            self._ping.cancel()
         self.requests.fail_all(epitaph)
         self.process.artifacts.fail_all(epitaph)
 
@@ -168,7 +182,8 @@ class Pool:
     """A fixed number of workers.
 
     ``lost(worker, epitaph)`` is called when one has ended, ``unloaded(worker, model)`` when one has freed a model.
-    A worker that answers nothing for ``patience`` seconds while something waits for it is killed.
+    A worker that answers nothing for ``patience`` seconds while something waits for it is killed, one that computes
+    meanwhile after 12 times as long.
     """
 
     def __init__(
@@ -199,7 +214,8 @@ class Pool:
         self._checking: asyncio.TimerHandle | None = None
 
     async def start(self) -> None:
-        """Start all workers; if one cannot start, none stays."""
+        """Start all workers; if one cannot start, none stays, and it can be tried again."""
+        self._closing.clear()
         starting = [asyncio.create_task(self._start_worker(index)) for index in range(self.size)]
         started = await asyncio.gather(*starting, return_exceptions=True)
         self.workers = [worker for worker in started if isinstance(worker, Worker)]
@@ -213,10 +229,12 @@ class Pool:
 
     async def place(self) -> Worker:
         """Return the worker with the fewest bytes, waiting for one to come up if none is."""
-        await self._decided.wait()
-        if self._broken is not None:
-            raise self._broken.fresh()
-        return min(self._up(), key=lambda worker: (worker.charged, len(worker.held)))
+        while not (up := self._up()):
+            if self._broken is not None:
+                raise self._broken.fresh()
+            self._decided.clear()  # the last one has ended, and its keeper has not noticed yet
+            await self._decided.wait()
+        return min(up, key=lambda worker: (worker.charged, len(worker.held)))
 
     def next_number(self) -> int:
         """Return a number for a model that no other has in any worker."""
@@ -249,7 +267,11 @@ class Pool:
         successor: Worker | None = worker
         while successor is not None:
             worker = successor
-            await worker.ended
+            try:
+                await worker.ended
+            except asyncio.CancelledError:  # the loop ends, and nobody has closed the registry
+                await worker.bury(patient=True)
+                raise
             self._note_who_is_up()
             epitaph = await worker.bury(patient=self._closing.is_set())
             self.workers.remove(worker)

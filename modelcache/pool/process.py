@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import signal
 import socket
 import sys
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from anyio import to_thread
 
@@ -26,35 +29,82 @@ _PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LANG", "LC_ALL", 
 """All that a worker sees of the parent's environment: what the dynamic loader and the C library need."""
 
 _BYTES_KEPT = 2000
+_LAST_WORDS_TIMEOUT = 1.0
 
 C = TypeVar("C", bound=Channel)
 
 
-class Process:
+class Process(asyncio.SubprocessProtocol):
     """A worker process with its two lanes."""
 
-    def __init__(self, child: asyncio.subprocess.Process, requests: RequestChannel, artifacts: ArtifactChannel) -> None:
-        self.child = child
-        self.requests = requests
-        self.artifacts = artifacts
+    requests: RequestChannel
+    artifacts: ArtifactChannel
+
+    def __init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._ended: asyncio.Future[None] = loop.create_future()
+        self._said_all: asyncio.Future[None] = loop.create_future()
         self._stderr = b""
+        self._transport: asyncio.SubprocessTransport
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self._transport.get_pid()
+
+    @property
+    def exit_code(self) -> int | None:
+        """As Python gives it: negative for a signal, None while it runs."""
+        return self._transport.get_returncode()
 
     @property
     def last_words(self) -> str:
         """The end of what the worker wrote to standard error."""
         return self._stderr.decode(errors="replace").strip()
 
+    def cpu_seconds(self) -> float:
+        """CPU time it has used so far; 0.0 where the platform does not say."""
+        if sys.platform != "linux":
+            return 0.0
+        # The C library's clock_getcpuclockid(): reading /proc would be file I/O on the event loop.
+        with contextlib.suppress(OSError):
+            return time.clock_gettime(~self.pid << 3 | 2)
+        return 0.0
+
     def kill(self) -> None:
         """End it, if it has not ended by itself."""
-        if self.child.returncode is None:
-            self.child.kill()
+        if self.exit_code is None:
+            # Not Popen.kill(): it polls first, and may take the exit code away from the loop that waits for it.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
 
-    async def wait(self) -> int:
-        """Wait until it has ended and its standard error has been read; return the exit code."""
-        assert self.child.stderr is not None
-        while heard := await self.child.stderr.read(_BYTES_KEPT):
-            self._stderr = (self._stderr + heard)[-_BYTES_KEPT:]
-        return await self.child.wait()
+    async def wait(self, timeout: float | None = None) -> bool:
+        """Wait until it has ended and its last words are read; False if it has not after ``timeout`` seconds."""
+        await asyncio.wait((self._ended,), timeout=timeout)
+        if not self._ended.done():
+            return False
+        # A process that a predictor has started may hold the pipe open for as long as it likes.
+        await asyncio.wait((self._said_all,), timeout=_LAST_WORDS_TIMEOUT)
+        self._transport.close()
+        return True
+
+    # Called by the loop
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Start."""
+        self._transport = cast("asyncio.SubprocessTransport", transport)
+
+    def pipe_data_received(self, fd: int, data: bytes) -> None:  # noqa: ARG002 - the loop's signature
+        """Keep the end of what it says; all of it is read, or a talkative worker would block on a full pipe."""
+        self._stderr = (self._stderr + data)[-_BYTES_KEPT:]
+
+    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:  # noqa: ARG002 - the loop's signature
+        """Note that it has said all."""
+        self._said_all.set_result(None)
+
+    def process_exited(self) -> None:
+        """Note that it has ended."""
+        self._ended.set_result(None)
 
 
 async def start_process(
@@ -70,7 +120,7 @@ async def start_process(
     requests, workers_requests = socket.socketpair()
     artifacts, workers_artifacts = socket.socketpair()
     try:
-        child = await _spawn((workers_requests.fileno(), workers_artifacts.fileno()), threads, predictor)
+        process = await _spawn((workers_requests.fileno(), workers_artifacts.fileno()), threads, predictor)
     except BaseException:
         requests.close()
         artifacts.close()
@@ -78,11 +128,14 @@ async def start_process(
     finally:
         workers_requests.close()
         workers_artifacts.close()
-    return Process(child, await _connect(requests, make_requests), await _connect(artifacts, make_artifacts))
+    process.requests = await _connect(requests, make_requests)
+    process.artifacts = await _connect(artifacts, make_artifacts)
+    return process
 
 
-async def _spawn(descriptors: tuple[int, int], threads: int, predictor: str) -> asyncio.subprocess.Process:
-    return await asyncio.create_subprocess_exec(
+async def _spawn(descriptors: tuple[int, int], threads: int, predictor: str) -> Process:
+    _, process = await asyncio.get_running_loop().subprocess_exec(
+        Process,
         sys.executable,
         "-P",  # the worker's own folder must not shadow other modules
         str(_WORKER),
@@ -96,6 +149,7 @@ async def _spawn(descriptors: tuple[int, int], threads: int, predictor: str) -> 
         stderr=asyncio.subprocess.PIPE,
         start_new_session=True,  # Ctrl-C in a terminal reaches the parent alone
     )
+    return process
 
 
 def _environment(threads: int) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asyncio import InvalidStateError
 from time import monotonic
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -79,12 +80,19 @@ class RequestChannel(Channel):
         first = next(iter(self.pending.values()), None)
         return first.sent if first else None
 
+    def expected_wait(self) -> float:
+        """Return how long a call sent now may take, going by the last answer and by who still waits for one."""
+        oldest = self.oldest()
+        waited = monotonic() - oldest if oldest is not None else 0.0
+        return max(self.last_latency, waited)
+
     def fail_all(self, epitaph: Epitaph) -> None:
         """The worker is gone: wake everyone who waits for it."""
         pending, self.pending = self.pending, {}
         for call in pending.values():
             if not call.future.done():
                 call.future.set_exception(WorkerLostError(epitaph))
+                call.future.exception()  # of two slices only the first is awaited: no log that nobody asked
 
     def data_received(self, data: bytes) -> None:
         """Resolve the answered calls; what their callers send next leaves in one write."""
@@ -109,7 +117,10 @@ class RequestChannel(Channel):
         values = np.frombuffer(bytearray(data[start:end]), np.float32)
         if dimensions > 1:
             values = values.reshape((rows, second, third)[:dimensions])
-        pending.future.set_result((values, seconds))
+        try:  # noqa: SIM105 - costs nothing on the hot path; suppress() does
+            pending.future.set_result((values, seconds))
+        except InvalidStateError:
+            pass  # Ctrl-C cancels the main task inside its signal handler, which runs between any two steps
 
 
 def _resolve_rarely(future: asyncio.Future[Any], kind: int, payload: bytes) -> None:

@@ -13,6 +13,8 @@ class LoadedModel:
     """A model that the main thread predicts with and the loader thread may free between two predictions."""
 
     def __init__(self, predictor: Predictor) -> None:
+        self.row_seconds: dict[int, float] = {}
+        """What a row cost in the last prediction of each output."""
         self._predictor: Predictor | None = predictor
         self._lock = Lock()
 

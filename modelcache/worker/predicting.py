@@ -17,12 +17,17 @@ from modelcache.pool import wire
 from modelcache.worker.predictors import StagedRows, interface_of
 
 if TYPE_CHECKING:
-    from modelcache.worker.models import Models
+    from modelcache.worker.models import LoadedModel, Models
     from modelcache.worker.predictors import Matrix
 
 _ANSWERS_HELD = 0.001
 """Seconds of finished answers that may wait for the rest of the backlog before they are sent."""
 
+_BATCH_SECONDS = 0.05
+"""How long the calls that wait for one model may keep those for others, and a sign of life, waiting."""
+
+_MOST_DIMENSIONS = 3
+"""A frame has room for the shape of (rows, outputs, contributions)."""
 
 _SHAPES_KEPT = 4096
 
@@ -80,11 +85,18 @@ class RequestLane:
         key = next(iter(self._groups))
         calls = self._groups.pop(key)
         calls = self._still_wanted(calls)
-        batch, rest = _split(calls, self._staging.capacity // key.columns)
+        batch, rest = _split(calls, self._most_rows(key))
         if rest:
             self._groups[key] = rest
         if batch:
             self._predict(key, batch)
+
+    def _most_rows(self, key: _GroupKey) -> int:
+        """Return how many rows may be predicted at once: as many as are staged, and do not keep others for long."""
+        most = self._staging.capacity // key.columns
+        loaded = self._models.get(key.model)
+        row_seconds = loaded.row_seconds.get(key.output, 0.0) if loaded else 0.0
+        return min(most, int(_BATCH_SECONDS / row_seconds)) if row_seconds else most
 
     def _still_wanted(self, calls: list[_Call]) -> list[_Call]:
         """Drop what was cancelled or is past its deadline; its caller has gone and expects no answer."""
@@ -95,13 +107,22 @@ class RequestLane:
 
     def _predict(self, key: _GroupKey, batch: list[_Call]) -> None:
         try:
-            loaded = self._models[key.model]
+            loaded = self._loaded(key.model)
             rows = self._staging.put([call.payload for call in batch], key.columns)
             started = perf_counter()
             values = loaded.predict(rows, wire.OUTPUTS[key.output])
-            self._answer(batch, values, perf_counter() - started)
+            seconds = perf_counter() - started
+            _check_shape(values, len(rows))
+            loaded.row_seconds[key.output] = seconds / len(rows)
+            self._answer(batch, values, seconds)
         except Exception as error:  # noqa: BLE001 - whatever a predictor raises is the answer of these calls
             self._refuse(key, batch, error)
+
+    def _loaded(self, model: int) -> LoadedModel:
+        loaded = self._models.get(model)
+        if loaded is None:
+            raise LookupError("the model is not loaded in this worker")
+        return loaded
 
     def _answer(self, batch: list[_Call], values: Matrix, seconds: float) -> None:
         data = np.ascontiguousarray(values, np.float32).tobytes()
@@ -120,7 +141,7 @@ class RequestLane:
             for call in batch:
                 self._predict(key, [call])
             return
-        message = str(error).encode()
+        message = str(error).encode(errors="replace")
         header = wire.REPLY.pack(len(message), wire.ERROR, 0, 0, batch[0].number, 0, 0, 0, 0.0)
         self._answers += (header, message)
 
@@ -129,6 +150,12 @@ class RequestLane:
             answers, self._answers = self._answers, []
             self._sock.sendall(b"".join(answers))
         self._flushed = monotonic()
+
+
+def _check_shape(values: Matrix, rows: int) -> None:
+    """Refuse what cannot be dealt out to the calls of a batch."""
+    if len(values) != rows or values.ndim > _MOST_DIMENSIONS:
+        raise ValueError(f"the predictor answered {rows} rows with an array of shape {values.shape}")
 
 
 def _split(calls: list[_Call], most_rows: int) -> tuple[list[_Call], list[_Call]]:

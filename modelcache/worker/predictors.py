@@ -56,7 +56,13 @@ def interface_of(rows: Matrix) -> bytes:
 def resolve(path: str) -> type[Predictor]:
     """Return the class that ``package.module:Class`` names."""
     module, _, name = path.partition(":")
-    found: type[Predictor] = getattr(importlib.import_module(module), name)
+    try:
+        found: type[Predictor] = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ImportError(
+            f"The predictor {path!r} cannot be imported in a worker ({error}): name it as 'package.module:Class', "
+            "in a module that the parent could import too."
+        ) from error
     return found
 
 
@@ -129,8 +135,9 @@ class XGBoostPredictor:
         rounds = _number(_library().XGBoosterBoostedRounds, ctypes.c_int, self._handle)
         end = min(self.best_iteration + 1, rounds) if self.best_iteration is not None else 0
         self._configs = {output: _config(kind, end) for output, kind in _PREDICTION_TYPES.items()}
-        # The path without a DMatrix gives values and margins only, and not for linear boosters.
-        fast = ("value", "margin") if self.booster != "gblinear" else ()
+        # The path without a DMatrix gives values and margins only, not for linear boosters, and for dart it adds up
+        # the trees in another order, which changes the last bit.
+        fast = ("value", "margin") if self.booster == "gbtree" else ()
         self._dense = {output: self._configs[output] for output in fast}
         trial = self.predict(np.full((1, self.n_features), np.nan, np.float32), "value")
         self.n_outputs = int(np.prod(trial.shape[1:]))

@@ -1,0 +1,32 @@
+"""A lane's transport that goes nowhere."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import Any
+
+
+class FakeTransport(asyncio.Transport):
+    """Takes down each write by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes: list[bytes] = []
+        self._socket = socket.socket()
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        assert name == "socket"
+        return self._socket
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        pass
+
+    def is_closing(self) -> bool:
+        return False
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.writes.append(bytes(data))
+
+    def close(self) -> None:
+        self._socket.close()

@@ -1,0 +1,36 @@
+"""Ctrl-C cancels the main task inside its signal handler: between any two steps, those of a lane included."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lanes import FakeTransport
+from modelcache.pool import wire
+from modelcache.pool.requests import RequestChannel
+
+if TYPE_CHECKING:
+    import asyncio
+
+
+async def test_a_call_cancelled_by_a_signal_while_it_is_answered() -> None:
+    """F3: a caller that goes while its answer is being taken apart touches no other call, nor the lane."""
+    calls: list[asyncio.Future[Any]] = []
+
+    def interrupt(_: float) -> None:
+        calls[0].cancel()
+
+    transport = FakeTransport()
+    channel = RequestChannel(lambda: None, interrupt)
+    channel.connection_made(transport)
+    rows = np.zeros((1, 1), np.float32)
+    answers = b""
+    for _ in range(2):
+        number, future = channel.predict(3, rows, 0, 0.0)
+        calls.append(future)
+        answers += wire.REPLY.pack(4, wire.RESULT, 1, 0, number, 1, 0, 0, 0.1) + np.float32(7).tobytes()
+    channel.data_received(answers)
+    assert calls[0].cancelled()
+    assert (await calls[1])[0].tolist() == [7.0]
+    transport.close()

@@ -1,0 +1,233 @@
+"""The request lane, parent side: each call has a future of its own, whatever order the answers come in."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from conftest import settle
+from lanes import FakeTransport
+from modelcache import InvalidInputError
+from modelcache.pool import wire
+from modelcache.pool.lost import Epitaph, WorkerLostError
+from modelcache.pool.requests import RequestChannel
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+ROWS = np.arange(12, dtype=np.float32).reshape(2, 6)
+EPITAPH = Epitaph(4711, -9, "")
+
+
+class Lane:
+    """A request lane whose worker is played by the test."""
+
+    def __init__(self) -> None:
+        self.observed: list[float] = []
+        self.transport = FakeTransport()
+        self.channel = RequestChannel(lambda: None, self.observed.append)
+        self.channel.connection_made(self.transport)
+
+    def predict(self, rows: np.ndarray[Any, Any] = ROWS) -> tuple[int, asyncio.Future[Any]]:
+        return self.channel.predict(3, rows, 0, 0.0)
+
+    def answer(self, number: int, values: np.ndarray[Any, Any], seconds: float = 0.25) -> bytes:
+        data = values.astype(np.float32).tobytes()
+        shape = (*values.shape, 0, 0)[:3]
+        return wire.REPLY.pack(len(data), wire.RESULT, values.ndim, 0, number, *shape, seconds) + data
+
+    def refusal(self, number: int, message: str) -> bytes:
+        data = message.encode()
+        return wire.REPLY.pack(len(data), wire.ERROR, 0, 0, number, 0, 0, 0, 0.0) + data
+
+    def kinds(self) -> list[tuple[int, int]]:
+        """Return (kind, call) of each frame sent."""
+        stream, found = b"".join(self.transport.writes), []
+        while stream:
+            size, kind, _, _, number, *_ = wire.REQUEST.unpack_from(stream)
+            found.append((kind, number))
+            stream = stream[wire.REQUEST.size + size :]
+        return found
+
+
+@pytest.fixture
+async def lane() -> AsyncIterator[Lane]:
+    made = Lane()
+    yield made
+    made.transport.close()
+
+
+async def test_a_call_is_one_frame_of_header_and_rows(lane: Lane) -> None:
+    """The worker reads from the header all it needs, and the rows as they are in memory."""
+    number, _ = lane.channel.predict(3, ROWS, 2, 123.5)
+    (frame,) = lane.transport.writes
+    header = wire.REQUEST.unpack_from(frame)
+    assert header == (ROWS.nbytes, wire.PREDICT, 2, 0, number, 3, 2, 6, 123.5)
+    assert frame[wire.REQUEST.size :] == ROWS.tobytes()
+
+
+async def test_rows_that_are_a_column_of_something_larger_travel_row_by_row(lane: Lane) -> None:
+    """A view with strides is sent in the order of its rows."""
+    view = np.arange(24, dtype=np.float32).reshape(2, 12)[:, ::2]
+    lane.predict(view)
+    assert lane.transport.writes[0][wire.REQUEST.size :] == np.ascontiguousarray(view).tobytes()
+
+
+async def test_answers_reach_their_callers_in_any_order(lane: Lane) -> None:
+    """Calls are told apart by number, not by their place in the line."""
+    calls = [lane.predict() for _ in range(3)]
+    for number, _ in reversed(calls):
+        lane.channel.data_received(lane.answer(number, np.full(2, number)))
+    for number, future in calls:
+        values, seconds = await future
+        assert values.tolist() == [number, number]
+        assert seconds == 0.25
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 3), (2, 3, 7), (2, 0)], ids=str)
+async def test_answers_keep_their_shape(lane: Lane, shape: tuple[int, ...]) -> None:
+    """Values, classes and contributions of many classes come back as the model gave them."""
+    expected = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    number, future = lane.predict()
+    lane.channel.data_received(lane.answer(number, expected))
+    values, _ = await future
+    assert values.shape == shape
+    assert np.array_equal(values, expected)
+
+
+async def test_answers_of_one_read_share_no_memory(lane: Lane) -> None:
+    """A caller may write into its answer, and holds nobody else's."""
+    calls = [lane.predict() for _ in range(2)]
+    lane.channel.data_received(b"".join(lane.answer(number, np.zeros(2)) for number, _ in calls))
+    first, second = [(await future)[0] for _, future in calls]
+    first += 1
+    assert second.tolist() == [0, 0]
+    assert len(first.base) == first.nbytes
+
+
+async def test_a_refusal_is_raised_with_the_models_own_words(lane: Lane) -> None:
+    """What the predictor said is what the caller reads."""
+    number, future = lane.predict()
+    lane.channel.data_received(lane.refusal(number, "gblinear has no leaves"))
+    with pytest.raises(InvalidInputError, match="gblinear has no leaves"):
+        await future
+
+
+async def test_a_cancelled_call_is_cancelled_at_the_worker_and_its_late_answer_dropped(lane: Lane) -> None:
+    """Rule P3: the worker is told, once; an answer that was on its way is nobody's."""
+    number, future = lane.predict()
+    lane.channel.cancel(number)
+    lane.channel.cancel(number)
+    lane.channel.data_received(lane.answer(number, np.zeros(2)))
+    await settle(2)
+    assert lane.kinds() == [(wire.PREDICT, number), (wire.CANCEL, number)]
+    assert not future.done()
+    assert not lane.channel.pending
+    assert lane.observed == []
+
+
+async def test_an_answer_to_a_future_that_was_cancelled_in_the_same_tick_is_dropped(lane: Lane) -> None:
+    """The answer overtakes the cancellation that has not reached the lane yet."""
+    number, future = lane.predict()
+    future.cancel()
+    lane.channel.data_received(lane.answer(number, np.zeros(2)))
+    assert not lane.channel.pending
+
+
+async def test_an_answer_that_nobody_asked_for_is_ignored(lane: Lane) -> None:
+    """A stray number breaks nothing for the calls in flight."""
+    number, future = lane.predict()
+    lane.channel.data_received(lane.answer(99, np.zeros(2)) + lane.answer(number, np.ones(2)))
+    assert (await future)[0].tolist() == [1, 1]
+
+
+async def test_each_answer_is_observed(lane: Lane) -> None:
+    """The latency of answered calls, and only of those, is counted."""
+    calls = [lane.predict() for _ in range(3)]
+    lane.channel.data_received(lane.answer(calls[0][0], np.zeros(2)) + lane.refusal(calls[1][0], "no"))
+    assert len(lane.observed) == 1
+    assert lane.channel.last_latency == lane.observed[0] >= 0
+    with pytest.raises(InvalidInputError):
+        await calls[1][1]
+
+
+async def test_callers_woken_by_one_read_send_their_next_calls_in_one_write(lane: Lane) -> None:
+    """With many callers, a write carries as many calls as a read carried answers."""
+    calls = [lane.predict() for _ in range(4)]
+    await settle(2)
+    writes = len(lane.transport.writes)
+
+    async def call_again(future: asyncio.Future[Any]) -> None:
+        await future
+        lane.predict()
+
+    tasks = [asyncio.create_task(call_again(future)) for _, future in calls]
+    await settle(2)
+    lane.channel.data_received(b"".join(lane.answer(number, np.zeros(2)) for number, _ in calls))
+    await asyncio.gather(*tasks)
+    await settle(2)
+    assert len(lane.transport.writes) == writes + 1
+
+
+async def test_a_lone_callers_next_call_is_written_at_once(lane: Lane) -> None:
+    """One caller at a time never waits for the end of a tick."""
+    number, future = lane.predict()
+    await settle(2)
+    lane.channel.data_received(lane.answer(number, np.zeros(2)))
+    await future
+    lane.predict()
+    assert len(lane.transport.writes) == 2
+
+
+async def test_the_oldest_call_tells_how_long_the_worker_has_been_silent(lane: Lane) -> None:
+    """Rule P2 rests on it: the oldest unanswered call, not the newest."""
+    assert lane.channel.oldest() is None
+    calls = [lane.predict() for _ in range(3)]
+    ages = [lane.channel.pending[number].sent for number, _ in calls]
+    assert lane.channel.oldest() == ages[0]
+    lane.channel.data_received(lane.answer(calls[0][0], np.zeros(2)))
+    assert lane.channel.oldest() == ages[1]
+    lane.channel.cancel(calls[1][0])
+    assert lane.channel.oldest() == ages[2]
+
+
+async def test_a_ping_is_answered_like_a_call(lane: Lane) -> None:
+    """Rule P2: a PONG is the sign of life of the worker's main thread."""
+    ping = lane.channel.ping()
+    ((kind, number),) = lane.kinds()
+    assert kind == wire.PING
+    lane.channel.data_received(wire.REPLY.pack(0, wire.PONG, 0, 0, number, 0, 0, 0, 0.0))
+    await ping
+    assert lane.observed == []
+
+
+async def test_numbers_start_again_after_the_last(lane: Lane) -> None:
+    """A lane does not wear out: call numbers fit the frame for ever."""
+    lane.channel._number = (1 << 32) - 2
+    assert [lane.predict()[0] for _ in range(3)] == [(1 << 32) - 1, 0, 1]
+
+
+async def test_everyone_in_flight_learns_of_the_workers_end(lane: Lane) -> None:
+    """Rule P1: no call is left hanging; those that were cancelled are left alone."""
+    calls = [lane.predict() for _ in range(3)]
+    calls[2][1].cancel()
+    assert lane.channel.models_waiting() == {3}
+    lane.channel.fail_all(EPITAPH)
+    for _, future in calls[:2]:
+        with pytest.raises(WorkerLostError) as caught:
+            await future
+        assert caught.value.epitaph is EPITAPH
+    assert not lane.channel.pending
+
+
+async def test_an_end_that_nobody_awaits_is_not_logged(lane: Lane) -> None:
+    """Of two slices in flight only the first is awaited: the other's failure is no "exception never retrieved"."""
+    complaints: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    lane.predict()
+    lane.channel.fail_all(EPITAPH)
+    await settle(2)
+    assert complaints == []

@@ -1,0 +1,630 @@
+"""A worker as its parent sees it: frames in, frames out, over two sockets that the test holds itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from threading import Thread
+from time import monotonic
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pytest
+
+import odd
+import zoo
+from modelcache.pool import wire
+from modelcache.pool.pool import XGBOOST
+from modelcache.worker.models import LoadedModel
+from modelcache.worker.predicting import RequestLane
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MAIN = Path(wire.__file__).parent.parent / "worker" / "__main__.py"
+PATIENCE = 20.0
+HEAVY = {"asyncio", "aiofiles", "anyio", "cachetools", "multiprocessing", "pandas", "scipy", "ssl", "xgboost"}
+
+
+class Report(NamedTuple):
+    """A frame of the artifact lane."""
+
+    kind: int
+    model: int
+    number: int
+    facts: dict[str, Any]
+
+
+class Reply(NamedTuple):
+    """A frame of the request lane."""
+
+    kind: int
+    number: int
+    values: np.ndarray[Any, Any]
+    message: str
+
+
+class LoneWorker:
+    """A worker process without a pool."""
+
+    def __init__(self, predictor: str = XGBOOST, *options: str) -> None:
+        self.requests, theirs = socket.socketpair()
+        self.artifacts, theirs_too = socket.socketpair()
+        descriptors = (theirs.fileno(), theirs_too.fileno())
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", *options, str(MAIN), *map(str, descriptors), "1", predictor],
+            pass_fds=descriptors,
+            env={"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)), "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+        )
+        theirs.close()
+        theirs_too.close()
+        self.requests.settimeout(PATIENCE)
+        self.artifacts.settimeout(PATIENCE)
+        self.hello = self.report()
+
+    def close(self) -> str:
+        """End it, and return what it wrote to standard error."""
+        self.requests.close()
+        self.artifacts.close()
+        _, said = self.process.communicate(timeout=PATIENCE)
+        return said.decode()
+
+    # The artifact lane
+
+    def command(self, kind: int, model: int, number: int = 0, payload: bytes = b"") -> None:
+        self.artifacts.sendall(wire.ARTIFACT.pack(len(payload), kind, 0, 0, model, number) + payload)
+
+    def report(self) -> Report:
+        size, kind, _, _, model, number = wire.ARTIFACT.unpack(_read(self.artifacts, wire.ARTIFACT.size))
+        return Report(kind, model, number, json.loads(_read(self.artifacts, size)) if size else {})
+
+    def send_artifact(self, model: int, data: bytes, *, allowed: int = 1 << 30) -> None:
+        self.command(wire.BEGIN, model, allowed)
+        self.command(wire.CHUNK, model, 0, data)
+        self.command(wire.END, model)
+
+    def load(self, model: int, data: bytes) -> Report:
+        """Load an artifact and return LOADED, or FAILED."""
+        self.send_artifact(model, data)
+        while (report := self.report()).kind == wire.STARTED:
+            pass
+        return report
+
+    # The request lane
+
+    def send(self, *frames: bytes) -> None:
+        self.requests.sendall(b"".join(frames))
+
+    def reply(self) -> Reply:
+        return _reply(self.requests)
+
+    def replies(self, count: int) -> dict[int, Reply]:
+        """Return the next ``count`` replies by call."""
+        return {reply.number: reply for reply in (self.reply() for _ in range(count))}
+
+    def values(self, number: int, model: int, rows: Any, **options: Any) -> np.ndarray[Any, Any]:
+        """Predict, and return the answer to just that call."""
+        self.send(ask(number, model, rows, **options))
+        reply = self.reply()
+        assert (reply.kind, reply.number) == (wire.RESULT, number), reply.message
+        return reply.values
+
+
+def _reply(sock: socket.socket) -> Reply:
+    size, kind, dimensions, _, number, *shape, _ = wire.REPLY.unpack(_read(sock, wire.REPLY.size))
+    data = _read(sock, size)
+    if kind != wire.RESULT:
+        return Reply(kind, number, np.empty(0), data.decode())
+    return Reply(kind, number, np.frombuffer(data, np.float32).reshape(shape[:dimensions]), "")
+
+
+def _read(sock: socket.socket, size: int) -> bytes:
+    data = bytearray()
+    while len(data) < size:
+        part = sock.recv(size - len(data))
+        if not part:
+            raise EOFError(f"{len(data)} of {size} bytes")
+        data += part
+    return bytes(data)
+
+
+def ask(number: int, model: int, rows: Any, *, output: str = "value", deadline: float = 0.0) -> bytes:
+    """PREDICT."""
+    matrix = np.atleast_2d(np.asarray(rows, np.float32))
+    code, data = wire.OUTPUTS.index(output), matrix.tobytes()
+    return wire.REQUEST.pack(len(data), wire.PREDICT, code, 0, number, model, *matrix.shape, deadline) + data
+
+
+def bare(kind: int, number: int) -> bytes:
+    """CANCEL or PING."""
+    return wire.REQUEST.pack(0, kind, 0, 0, number, 0, 0, 0, 0.0)
+
+
+class Scene:
+    """A worker held at a gate by its first call: what is sent meanwhile waits in its socket."""
+
+    def __init__(self, worker: LoneWorker, folder: Path) -> None:
+        self.worker = worker
+        self._log = folder / "log"
+        self._gate = odd.Gate(folder / "gate")
+        worker.load(1, odd.artifact(gate=self._gate.path, log=str(self._log)))
+        worker.load(2, odd.artifact(log=str(self._log)))
+        self.hold()
+
+    def hold(self) -> None:
+        """Make the worker wait; this is call 0."""
+        self.worker.send(ask(0, 1, [odd.WAIT, 0]))
+        self._gate.wait_for_worker()
+
+    def release(self, *frames: bytes) -> None:
+        """Send ``frames`` while the worker waits, and let it go on."""
+        self.worker.send(*frames)
+        self._gate.open()
+        held = self.worker.reply()
+        assert (held.kind, held.number) == (wire.RESULT, 0)
+
+    def predictions(self) -> list[tuple[str, list[float]]]:
+        """Return what was predicted after the gate, prediction by prediction."""
+        lines = [json.loads(line) for line in self._log.read_text().splitlines()]
+        return [(output, values) for output, values in lines[1:]]
+
+
+@pytest.fixture(scope="module")
+def xgboost_worker() -> Iterator[LoneWorker]:
+    worker = LoneWorker()
+    yield worker
+    worker.close()
+
+
+@pytest.fixture
+def odd_worker() -> Iterator[LoneWorker]:
+    worker = LoneWorker(odd.ODD)
+    yield worker
+    if worker.process.returncode is None:
+        worker.close()
+
+
+@pytest.fixture
+def scene(odd_worker: LoneWorker, tmp_path: Path) -> Scene:
+    return Scene(odd_worker, tmp_path)
+
+
+# Batching
+
+
+def test_calls_that_wait_are_predicted_together_and_answered_apart(scene: Scene) -> None:
+    """Natural batching: what has arrived while the worker was busy is one prediction per model."""
+    scene.release(*(ask(call, 2, [odd.PREDICT, call]) for call in range(1, 8)))
+    replies = scene.worker.replies(7)
+    assert {call: reply.values.tolist() for call, reply in replies.items()} == {n: [2.0 * n] for n in range(1, 8)}
+    assert scene.predictions() == [("value", [1, 2, 3, 4, 5, 6, 7])]
+
+
+def test_calls_of_many_rows_get_their_own_rows_back(scene: Scene) -> None:
+    """A batch of calls of 1, 3 and 2 rows is cut where the calls end."""
+    scene.release(ask(1, 2, [[0, 1]]), ask(2, 2, [[0, 2], [0, 3], [0, 4]]), ask(3, 2, [[0, 5], [0, 6]]))
+    replies = scene.worker.replies(3)
+    assert [replies[call].values.tolist() for call in (1, 2, 3)] == [[2], [4, 6, 8], [10, 12]]
+    assert len(scene.predictions()) == 1
+
+
+def test_models_and_outputs_never_mix(scene: Scene) -> None:
+    """A batch holds calls for one model and one output."""
+    scene.release(
+        ask(1, 2, [0, 1]), ask(2, 1, [0, 2]), ask(3, 2, [0, 3], output="margin"), ask(4, 2, [0, 4])
+    )  # fmt: skip
+    scene.worker.replies(4)
+    assert scene.predictions() == [("value", [1, 4]), ("value", [2]), ("margin", [3])]
+
+
+def test_rows_of_different_width_are_not_stacked(scene: Scene) -> None:
+    """A frame says how many columns it has, and only equals share a matrix."""
+    scene.release(ask(1, 2, [0, 1]), ask(2, 2, [0, 2, 9]), ask(3, 2, [0, 3]))
+    replies = scene.worker.replies(3)
+    assert [replies[call].values.tolist() for call in (1, 2, 3)] == [[2], [4], [6]]
+    assert scene.predictions() == [("value", [1, 3]), ("value", [2])]
+
+
+def test_a_batch_of_slow_rows_is_cut() -> None:
+    """Rule P4: calls that wait for a model whose rows are slow do not keep those for others waiting all at once."""
+    ours, theirs = socket.socketpair()
+    models = {number: LoadedModel(odd.Odd({})) for number in (1, 2)}
+    models[1].row_seconds[0] = 10.0
+    with ours, theirs:
+        ours.sendall(b"".join([*(ask(call, 1, [0, call]) for call in range(1, 5)), ask(5, 2, [0, 5])]))
+        lane = Thread(target=RequestLane(theirs, models).run)
+        lane.start()
+        order = [_reply(ours).number for _ in range(5)]
+        ours.shutdown(socket.SHUT_WR)
+        lane.join()
+    assert order == [1, 5, 2, 3, 4]
+
+
+def test_a_call_larger_than_all_buffers_is_answered(xgboost_worker: LoneWorker) -> None:
+    """Frames grow the worker's buffers as needed, and smaller ones still work afterwards."""
+    model = zoo.model()
+    xgboost_worker.load(10, model.ubj)
+    rows = zoo.rows(200_000)
+    assert rows.nbytes > 4 * wire.PAYLOAD_LIMIT
+    assert np.array_equal(xgboost_worker.values(1, 10, rows), model.expected(rows))
+    assert np.array_equal(xgboost_worker.values(2, 10, rows[:1]), model.expected(rows[:1]))
+
+
+def test_frames_are_understood_however_they_are_cut(xgboost_worker: LoneWorker) -> None:
+    """A frame that arrives in pieces is predicted when it is complete."""
+    model, rows = zoo.model(), zoo.rows(3)
+    xgboost_worker.load(11, model.ubj)
+    stream = b"".join(ask(call, 11, rows[call - 1]) for call in (1, 2, 3))
+    for start in range(0, len(stream), 7):
+        xgboost_worker.send(stream[start : start + 7])
+    replies = xgboost_worker.replies(3)
+    assert [replies[call].values[0] for call in (1, 2, 3)] == model.expected(rows).tolist()
+
+
+def test_a_row_predicts_bit_equal_alone_and_in_any_batch(xgboost_worker: LoneWorker) -> None:
+    """Rule A5, through the worker: batching never changes an answer."""
+    model, rows = zoo.model("multiclass"), zoo.rows(40)
+    xgboost_worker.load(12, model.ubj)
+    expected = model.expected(rows)
+    xgboost_worker.send(*(ask(call, 12, row) for call, row in enumerate(rows)))
+    replies = xgboost_worker.replies(len(rows))
+    together = np.concatenate([replies[call].values for call in range(len(rows))])
+    alone = np.concatenate([xgboost_worker.values(call, 12, row) for call, row in enumerate(rows)])
+    assert np.array_equal(together, expected)
+    assert np.array_equal(alone, expected)
+
+
+@pytest.mark.parametrize("output", wire.OUTPUTS)
+def test_every_output_keeps_its_shape_on_the_wire(xgboost_worker: LoneWorker, output: str) -> None:
+    """Contributions of several classes have three dimensions; the frame carries them."""
+    model, rows = zoo.model("multiclass"), zoo.rows(5)
+    xgboost_worker.load(13, model.ubj)
+    options: dict[str, Any] = {
+        "value": {},
+        "margin": {"output_margin": True},
+        "leaf": {"pred_leaf": True},
+        "contribs": {"pred_contribs": True},
+    }
+    expected = model.expected(rows, **options[output])
+    assert np.array_equal(xgboost_worker.values(1, 13, rows, output=output), expected)
+
+
+# What is not predicted
+
+
+def test_cancelled_calls_are_skipped(scene: Scene) -> None:
+    """Rule P3: a call cancelled while it waits costs no prediction, and its neighbours get theirs."""
+    made = [ask(call, 2, [0, call]) for call in range(1, 6)]
+    scene.release(*made, bare(wire.CANCEL, 2), bare(wire.CANCEL, 4))
+    assert set(scene.worker.replies(3)) == {1, 3, 5}
+    assert scene.predictions() == [("value", [1, 3, 5])]
+
+
+def test_a_cancellation_is_seen_between_two_predictions(scene: Scene, tmp_path: Path) -> None:
+    """Rule P3: it need not have arrived together with its call."""
+    worker, gate = scene.worker, odd.Gate(tmp_path / "second")
+    worker.load(3, odd.artifact(gate=gate.path))
+    scene.release(ask(1, 3, [odd.WAIT, 0]), ask(2, 2, [0, 2]))
+    gate.wait_for_worker()
+    worker.send(bare(wire.CANCEL, 2), bare(wire.PING, 3))
+    gate.open()
+    assert {worker.reply().kind for _ in range(2)} == {wire.RESULT, wire.PONG}
+    assert scene.predictions() == []
+
+
+def test_a_cancellation_does_not_outlive_its_call(scene: Scene) -> None:
+    """A number that is used again is a new call."""
+    scene.release(ask(1, 2, [0, 1]), bare(wire.CANCEL, 1), bare(wire.PING, 9))
+    assert scene.worker.reply().kind == wire.PONG
+    assert scene.worker.values(1, 2, [0, 5]).tolist() == [10]
+
+
+def test_work_past_its_deadline_is_not_started(scene: Scene) -> None:
+    """Rule P3: its caller has gone, so no prediction is made for it, and no answer sent."""
+    past, future = monotonic() - 1, monotonic() + PATIENCE
+    scene.release(
+        ask(1, 2, [0, 1], deadline=past), ask(2, 2, [0, 2], deadline=future), ask(3, 2, [0, 3]),
+    )  # fmt: skip
+    assert set(scene.worker.replies(2)) == {2, 3}
+    assert scene.predictions() == [("value", [2, 3])]
+
+
+# What goes wrong
+
+
+def test_one_bad_member_does_not_spoil_the_others(scene: Scene) -> None:
+    """A row that the model refuses is refused alone: its neighbours in the batch get their answers."""
+    scene.release(ask(1, 2, [0, 1]), ask(2, 2, [odd.REFUSE, 2]), ask(3, 2, [0, 3]))
+    replies = scene.worker.replies(3)
+    assert [replies[call].kind for call in (1, 2, 3)] == [wire.RESULT, wire.ERROR, wire.RESULT]
+    assert replies[2].message == "the model does not like this row"
+    assert replies[3].values.tolist() == [6]
+
+
+def test_a_predictor_that_loses_rows_is_refused(scene: Scene) -> None:
+    """Answers are dealt out by position: with one missing, each caller would get its neighbour's."""
+    scene.release(ask(1, 2, [[odd.MISCOUNT, 1], [0, 2]]), ask(2, 2, [0, 3]))
+    replies = scene.worker.replies(2)
+    assert replies[1].kind == wire.ERROR
+    assert "answered 2 rows with an array of shape (1,)" in replies[1].message
+    assert replies[2].values.tolist() == [6]
+
+
+def test_a_call_for_an_unknown_model_is_refused(xgboost_worker: LoneWorker) -> None:
+    """The worker says so and goes on."""
+    xgboost_worker.send(ask(1, 999, zoo.rows(1)))
+    reply = xgboost_worker.reply()
+    assert (reply.kind, reply.message) == (wire.ERROR, "the model is not loaded in this worker")
+
+
+def test_an_unloaded_model_is_unknown(xgboost_worker: LoneWorker) -> None:
+    """UNLOAD frees the model for good, and says how much it freed."""
+    size = xgboost_worker.load(14, zoo.model(trees=40).ubj).number
+    xgboost_worker.command(wire.UNLOAD, 14)
+    kind, model, freed, _ = xgboost_worker.report()
+    assert (kind, model) == (wire.UNLOADED, 14)
+    assert freed == pytest.approx(size, rel=0.25)
+    xgboost_worker.send(ask(1, 14, zoo.rows(1)))
+    assert xgboost_worker.reply().kind == wire.ERROR
+
+
+def test_unloading_what_was_never_there_is_acknowledged(xgboost_worker: LoneWorker) -> None:
+    """Rule L5: the parent waits for an acknowledgement, so there is always one."""
+    xgboost_worker.command(wire.UNLOAD, 998)
+    assert xgboost_worker.report()[:2] == (wire.UNLOADED, 998)
+
+
+# Artifacts
+
+
+def test_a_loaded_model_says_what_it_is(xgboost_worker: LoneWorker) -> None:
+    """LOADED carries all that ModelInfo shows, and the measured size."""
+    model = zoo.model("binary", trees=7, names=True)
+    kind, number, size, facts = xgboost_worker.load(20, model.targz)
+    assert (kind, number) == (wire.LOADED, 20)
+    assert 0.5 * len(model.ubj) < size < 4 * len(model.ubj) + (256 << 10)
+    assert facts.pop("seconds") > 0
+    assert facts == {
+        "unpacked_bytes": len(model.ubj),
+        "format": "ubj",
+        "container": "tar.gz",
+        "n_features": 6,
+        "feature_names": list(zoo.FEATURES),
+        "n_outputs": 1,
+        "objective": "binary:logistic",
+        "booster": "gbtree",
+        "n_trees": 7,
+        "best_iteration": None,
+    }
+
+
+def test_the_parser_announces_itself(xgboost_worker: LoneWorker) -> None:
+    """STARTED precedes the parser, so that a crash in it has a culprit."""
+    xgboost_worker.send_artifact(21, zoo.model().ubj)
+    assert [xgboost_worker.report().kind for _ in range(2)] == [wire.STARTED, wire.LOADED]
+
+
+def test_artifacts_that_arrive_interleaved_are_kept_apart(xgboost_worker: LoneWorker) -> None:
+    """Several downloads go on at once; each model is put together from its own chunks."""
+    one, two, rows = zoo.model(seed=1), zoo.model(seed=2), zoo.rows(4)
+    for number in (22, 23):
+        xgboost_worker.command(wire.BEGIN, number, 1 << 30)
+    half = len(one.ubj) // 2
+    for number, part in ((22, one.ubj[:half]), (23, two.ubj[:half]), (23, two.ubj[half:]), (22, one.ubj[half:])):
+        xgboost_worker.command(wire.CHUNK, number, 0, part)
+    for number in (23, 22):
+        xgboost_worker.command(wire.END, number)
+    reports = [xgboost_worker.report() for _ in range(4)]
+    assert [(report.kind, report.model) for report in reports] == [
+        (wire.STARTED, 23), (wire.LOADED, 23), (wire.STARTED, 22), (wire.LOADED, 22),
+    ]  # fmt: skip
+    assert np.array_equal(xgboost_worker.values(1, 22, rows), one.expected(rows))
+    assert np.array_equal(xgboost_worker.values(2, 23, rows), two.expected(rows))
+
+
+def test_a_broken_artifact_fails_with_a_reason_and_the_worker_goes_on(xgboost_worker: LoneWorker) -> None:
+    """FAILED names what is wrong, and the next artifact loads."""
+    kind, _, _, facts = xgboost_worker.load(24, b"no model at all" * 50)
+    assert kind == wire.FAILED
+    assert facts["kind"] in ("corrupt", "unsupported")
+    assert xgboost_worker.load(25, zoo.model().ubj).kind == wire.LOADED
+
+
+def test_what_the_parser_refuses_is_corrupt_with_the_parsers_reason(xgboost_worker: LoneWorker) -> None:
+    """The message is XGBoost's, without its stack trace, clock or source line."""
+    kind, _, _, facts = xgboost_worker.load(26, b'{"learner":{},"version":[3,0,0]}')
+    assert kind == wire.FAILED
+    assert facts["kind"] == "corrupt"
+    assert facts["message"]
+    for noise in ("Stack trace", ".cc:", "/workspace"):
+        assert noise not in facts["message"]
+
+
+def test_chunks_of_a_refused_artifact_are_ignored(xgboost_worker: LoneWorker) -> None:
+    """What was on its way when the artifact was refused causes no second report."""
+    xgboost_worker.command(wire.BEGIN, 27, 1 << 30)
+    xgboost_worker.command(wire.CHUNK, 27, 0, b"\x80\x04" + bytes(600))
+    xgboost_worker.command(wire.CHUNK, 27, 0, bytes(600))
+    xgboost_worker.command(wire.END, 27)
+    xgboost_worker.command(wire.MEASURE, 0)
+    assert [xgboost_worker.report().kind for _ in range(2)] == [wire.FAILED, wire.HEAP]
+
+
+def test_an_artifact_beyond_its_reservation_waits_for_a_grant(xgboost_worker: LoneWorker) -> None:
+    """NEED asks for what the header announces, before the parser runs; GRANT lets it run."""
+    model = zoo.model(trees=30)
+    xgboost_worker.send_artifact(28, model.ubj, allowed=1000)
+    assert xgboost_worker.report()[:3] == (wire.NEED, 28, len(model.ubj))
+    xgboost_worker.command(wire.MEASURE, 0)
+    assert xgboost_worker.report().kind == wire.HEAP, "nothing happens before the grant"
+    xgboost_worker.command(wire.GRANT, 28, len(model.ubj))
+    assert [xgboost_worker.report().kind for _ in range(2)] == [wire.STARTED, wire.LOADED]
+
+
+def test_an_archive_announces_its_size_with_its_first_chunk(xgboost_worker: LoneWorker) -> None:
+    """With nothing allowed, the parent is told what to reserve as soon as the tar's header is there."""
+    model = zoo.model(trees=60)
+    xgboost_worker.command(wire.BEGIN, 29, 0)
+    xgboost_worker.command(wire.CHUNK, 29, 0, model.targz[:4096])
+    assert xgboost_worker.report()[:3] == (wire.NEED, 29, len(model.ubj))
+    xgboost_worker.command(wire.UNLOAD, 29)
+    assert xgboost_worker.report()[:2] == (wire.UNLOADED, 29)
+
+
+def test_a_grant_that_is_too_small_is_asked_for_again(xgboost_worker: LoneWorker) -> None:
+    """No grant below what the model has makes the parser run."""
+    model = zoo.model(trees=30)
+    xgboost_worker.send_artifact(30, model.json, allowed=len(model.json) // 4)
+    needed = xgboost_worker.report()
+    assert (needed.kind, needed.number) == (wire.NEED, len(model.json))
+    xgboost_worker.command(wire.GRANT, 30, len(model.json) - 1)
+    xgboost_worker.command(wire.MEASURE, 0)
+    assert xgboost_worker.report().kind == wire.HEAP
+    xgboost_worker.command(wire.GRANT, 30, len(model.json))
+    assert [xgboost_worker.report().kind for _ in range(2)] == [wire.STARTED, wire.LOADED]
+
+
+def test_an_arriving_artifact_can_be_given_up(xgboost_worker: LoneWorker) -> None:
+    """UNLOAD forgets an artifact of which half is there; its rest is ignored."""
+    data = zoo.model(trees=30).ubj
+    xgboost_worker.command(wire.BEGIN, 31, 1 << 30)
+    xgboost_worker.command(wire.CHUNK, 31, 0, data[:5000])
+    xgboost_worker.command(wire.UNLOAD, 31)
+    xgboost_worker.command(wire.CHUNK, 31, 0, data[5000:])
+    xgboost_worker.command(wire.END, 31)
+    xgboost_worker.command(wire.MEASURE, 0)
+    assert [xgboost_worker.report().kind for _ in range(2)] == [wire.UNLOADED, wire.HEAP]
+
+
+def test_measure_tells_the_bytes_in_use(xgboost_worker: LoneWorker) -> None:
+    """HEAP grows by what a model takes, and shrinks when it is unloaded."""
+    xgboost_worker.command(wire.MEASURE, 0)
+    before = xgboost_worker.report().number
+    size = xgboost_worker.load(32, zoo.model(trees=300).ubj).number
+    xgboost_worker.command(wire.MEASURE, 0)
+    assert xgboost_worker.report().number - before == pytest.approx(size, rel=0.1)
+    xgboost_worker.command(wire.UNLOAD, 32)
+    xgboost_worker.report()
+    xgboost_worker.command(wire.MEASURE, 0)
+    assert xgboost_worker.report().number == pytest.approx(before, abs=size // 10)
+
+
+def test_warm_calls_are_answered_while_an_artifact_loads(odd_worker: LoneWorker, tmp_path: Path) -> None:
+    """Two lanes: a load that takes as long as it likes holds up no prediction."""
+    gate = odd.Gate(tmp_path / "gate")
+    odd_worker.load(1, odd.artifact())
+    odd_worker.send_artifact(2, odd.artifact(on_load="wait", gate=gate.path))
+    assert odd_worker.report().kind == wire.STARTED
+    gate.wait_for_worker()
+    assert odd_worker.values(1, 1, [0, 21]).tolist() == [42]
+    gate.open()
+    assert odd_worker.report().kind == wire.LOADED
+
+
+def test_a_model_in_use_is_freed_after_the_prediction(scene: Scene) -> None:
+    """UNLOAD waits for the prediction that runs; later calls find the model gone."""
+    worker = scene.worker
+    worker.command(wire.UNLOAD, 1)
+    scene.release()
+    assert worker.report()[:2] == (wire.UNLOADED, 1)
+    worker.send(ask(5, 1, [0, 1]))
+    assert worker.reply()[:2] == (wire.ERROR, 5)
+
+
+# A worker's life
+
+
+def test_a_ping_is_answered_by_the_main_thread(scene: Scene) -> None:
+    """Rule P2: not before the prediction that runs has ended."""
+    scene.worker.send(bare(wire.PING, 77))
+    scene.release()
+    assert scene.worker.reply()[:2] == (wire.PONG, 77)
+
+
+@pytest.mark.parametrize("lane", ["requests", "artifacts"])
+def test_a_worker_ends_when_either_lane_does(lane: str) -> None:
+    """Rule P5: the parent's end reaches both lanes, and one is enough."""
+    worker = LoneWorker(odd.ODD)
+    getattr(worker, lane).close()
+    assert worker.process.wait(PATIENCE) == 0
+    worker.close()
+
+
+def test_a_worker_that_is_predicting_ends_with_its_parent(scene: Scene) -> None:
+    """Rule P5: even if the prediction never ends."""
+    scene.worker.close()
+    assert scene.worker.process.returncode == 0
+
+
+def test_a_worker_ignores_ctrl_c(odd_worker: LoneWorker) -> None:
+    """Rule P5: what Ctrl-C means is the parent's to decide."""
+    odd_worker.load(1, odd.artifact())
+    odd_worker.process.send_signal(signal.SIGINT)
+    assert odd_worker.values(1, 1, [0, 4]).tolist() == [8]
+
+
+def test_a_fault_of_the_worker_itself_ends_it_with_a_traceback(odd_worker: LoneWorker) -> None:
+    """A thread that died in silence would leave its callers waiting for ever."""
+    odd_worker.artifacts.sendall(wire.ARTIFACT.pack(0, wire.GRANT, 0, 0, 1, 0))  # of no artifact: ignored
+    odd_worker.requests.sendall(wire.REQUEST.pack(0, wire.PREDICT, 250, 0, 1, 1, 0, 0, 0.0))  # columns: 0
+    assert odd_worker.process.wait(PATIENCE) == 70
+    assert "ZeroDivisionError" in odd_worker.close()
+
+
+def test_a_predictor_that_cannot_be_imported_is_reported_before_the_worker_leaves() -> None:
+    """HELLO carries the reason, and the process ends by itself."""
+    worker = LoneWorker("no.such:Thing")
+    assert worker.hello.kind == wire.HELLO
+    assert "'no.such:Thing' cannot be imported in a worker (No module named 'no')" in worker.hello.facts["error"]
+    assert worker.process.wait(PATIENCE) == 0
+    worker.close()
+
+
+def test_hello_comes_from_the_process_that_serves(odd_worker: LoneWorker) -> None:
+    """HELLO tells the pid, and whether sizes are measured here."""
+    assert odd_worker.hello.kind == wire.HELLO
+    assert odd_worker.hello.number == odd_worker.process.pid
+    assert odd_worker.hello.facts == {"exact_heap": sys.platform == "linux"}
+
+
+# What a worker has of its parent
+
+
+def told(worker: LoneWorker, what: str) -> set[str]:
+    """Ask the worker about itself."""
+    facts = worker.load(90, odd.artifact(tell=what)).facts
+    return set(facts["feature_names"])
+
+
+def test_a_worker_imports_neither_asyncio_nor_the_stores(odd_worker: LoneWorker) -> None:
+    """Rule S4: the child's code lives in an import-light home."""
+    modules = told(odd_worker, "modules")
+    assert "modelcache.worker.predictors" in modules
+    ours = {name for name in modules if name.startswith("modelcache.") and not name.startswith("modelcache.worker")}
+    assert ours == {"modelcache.pool", "modelcache.pool.wire"}
+    assert not modules & HEAVY
+
+
+def test_a_worker_predicts_without_xgboosts_python_layer() -> None:
+    """The C library is all that a worker needs of XGBoost: it starts in half the time, and is 30 MB smaller."""
+    worker = LoneWorker(XGBOOST, "-X", "importtime")
+    worker.load(1, zoo.model().ubj)
+    worker.values(1, 1, zoo.rows(1))
+    imported = set(re.findall(r"\| +([\w.]+)$", worker.close(), re.MULTILINE))
+    assert "numpy" in imported
+    assert not imported & HEAVY
+
+
+def test_a_worker_holds_no_descriptor_but_its_lanes(odd_worker: LoneWorker) -> None:
+    """Rule S4: 0, 1 and 2, and two sockets."""
+    descriptors = told(odd_worker, "descriptors")
+    sockets = {name for name in descriptors if "socket:" in name}
+    assert len(sockets) == 2
+    assert {name.split()[0] for name in descriptors - sockets} == {"0", "1", "2"}
