@@ -34,8 +34,11 @@ _OUTPUT_CODES = {output: code for code, output in enumerate(OUTPUTS)}
 
 _SLICE_SECONDS = 0.005
 """How long one slice should keep a worker busy."""
-_FEWEST_ROWS = 64
-"""Rows of the smallest slice; XGBoost predicts in blocks of this many."""
+_FEW_ROWS = 64
+"""XGBoost predicts in blocks of this many: fewer tell little about the cost of a row."""
+_ROW_SECONDS_GUESSED = _SLICE_SECONDS / _FEW_ROWS
+"""What a row is taken to cost before it is measured: predictions take a microsecond, contributions up to many
+milliseconds."""
 _SLICES_IN_FLIGHT = 2
 """One that runs, and one that waits so that the worker need not."""
 
@@ -46,7 +49,9 @@ class Call:
     __slots__ = ("columns", "deadline", "lost", "matrix", "output", "queue_limit")
 
     def __init__(self, rows: Any, output: Output, timeout: float | None, queue_limit: int) -> None:
-        self.matrix, self.columns = as_matrix(rows)
+        matrix, self.columns = as_matrix(rows)
+        # The caller may change his own array before all of it is sent, or before it is sent to a second worker.
+        self.matrix = matrix.copy() if matrix is rows else matrix
         try:
             self.output = _OUTPUT_CODES[output]
         except (KeyError, TypeError):
@@ -55,11 +60,6 @@ class Call:
         self.queue_limit = queue_limit
         self.lost: Epitaph | None = None
         """The end of the last worker that was asked."""
-
-    def keep(self, rows: Any) -> None:
-        """Copy the matrix if it is the caller's own, who may change it before it is sent."""
-        if self.matrix is rows:
-            self.matrix = self.matrix.copy()
 
 
 class Trace:
@@ -85,8 +85,11 @@ async def ask(entry: Entry[Resident], call: Call) -> Matrix:
     if len(requests.pending) >= call.queue_limit:
         raise _overloaded(entry.key, place.worker, call.queue_limit)
     rows = len(matrix)
-    if matrix.nbytes > PAYLOAD_LIMIT or rows * place.row_seconds > 2 * _SLICE_SECONDS:
+    row_seconds = place.row_seconds.get(call.output, _ROW_SECONDS_GUESSED)
+    if matrix.nbytes > PAYLOAD_LIMIT or (rows > 1 and rows * row_seconds > 2 * _SLICE_SECONDS):
         return await _ask_in_slices(entry, matrix, call)
+    if requests.congested:
+        await requests.writable()
     number, answer = requests.predict(place.number, matrix, call.output, call.deadline)
     timer = _set_timer(entry, number, answer, call.deadline) if call.deadline else None
     try:
@@ -97,8 +100,8 @@ async def ask(entry: Entry[Resident], call: Call) -> Matrix:
     finally:
         if timer is not None:
             timer.cancel()
-    if rows >= _FEWEST_ROWS:
-        place.row_seconds = seconds / rows
+    if rows >= _FEW_ROWS:
+        place.row_seconds[call.output] = seconds / rows
     return values
 
 
@@ -111,14 +114,14 @@ async def _ask_in_slices(entry: Entry[Resident], matrix: Matrix, call: Call) -> 
         while sent < len(matrix) or waiting:
             while sent < len(matrix) and len(waiting) < _SLICES_IN_FLIGHT:
                 await requests.writable()
-                part = matrix[sent : sent + _slice_rows(place, matrix)]
+                part = matrix[sent : sent + _slice_rows(place, matrix, call.output)]
                 number, answer = requests.predict(place.number, part, call.output, call.deadline)
                 timer = _set_timer(entry, number, answer, call.deadline) if call.deadline else None
                 waiting.append((number, answer, timer))
                 sent += len(part)
             values, seconds = await waiting[0][1]
             _end(requests, *waiting.popleft())
-            place.row_seconds = seconds / len(values)
+            place.row_seconds[call.output] = seconds / len(values)
             parts.append(values)
     finally:
         for slice_ in waiting:
@@ -136,10 +139,10 @@ def _end(requests: RequestChannel, number: int, answer: Answer, timer: asyncio.T
         answer.exception()  # it may have failed unseen, behind the slice that failed the call
 
 
-def _slice_rows(place: Resident, matrix: Matrix) -> int:
-    most: int = max(1, PAYLOAD_LIMIT // (4 * matrix.shape[1]))
-    wanted = _SLICE_SECONDS / place.row_seconds if place.row_seconds else 4 * _FEWEST_ROWS
-    return min(most, max(_FEWEST_ROWS, int(wanted)))
+def _slice_rows(place: Resident, matrix: Matrix, output: int) -> int:
+    most: int = PAYLOAD_LIMIT // (4 * matrix.shape[1])
+    wanted = _SLICE_SECONDS / place.row_seconds.get(output, _ROW_SECONDS_GUESSED)
+    return max(1, min(most, int(wanted)))
 
 
 def _set_timer(entry: Entry[Resident], number: int, answer: Answer, deadline: float) -> asyncio.TimerHandle:
@@ -159,13 +162,13 @@ def _expire(entry: Entry[Resident], number: int, answer: Answer) -> None:
             f"{entry.key} did not answer within the timeout; {len(worker.requests.pending)} more calls wait for its "
             "worker. Give it more time, or send fewer rows at once.",
             model=entry.key,
-            retry_after=worker.requests.last_latency,
+            retry_after=worker.requests.expected_wait(),
         )
     )
 
 
 def _overloaded(key: str, worker: Worker, limit: int) -> OverloadedError:
-    wait = worker.requests.last_latency
+    wait = worker.requests.expected_wait()
     return OverloadedError(
         f"{limit} calls wait for the worker of {key} already (queue_limit): try again in {wait:.3f} s, "
         "or send several rows in one call.",

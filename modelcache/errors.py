@@ -29,7 +29,6 @@ The message says what happened and what to do; the facts are attributes, so that
 
 from __future__ import annotations
 
-import copy
 from typing import Any, ClassVar, Self
 
 __all__ = [
@@ -74,9 +73,12 @@ class ModelCacheError(Exception):
     def fresh(self) -> Self:
         """Return a copy to raise for one more caller, caused by this one.
 
-        Raising one exception object in many tasks would let their tracebacks grow into each other.
+        Raising one exception object in many tasks would let their tracebacks grow into each other. ``__init__`` is not
+        called: a store's own error may take other arguments than the message it passes on.
         """
-        twin = copy.copy(self)
+        twin = type(self).__new__(type(self), *self.args)
+        twin.args = self.args
+        twin.__dict__.update(self.__dict__)
         twin.__cause__ = self
         return twin
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
+from modelcache.errors import ModelCacheError
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -36,6 +38,8 @@ class Lease:
     def __init__(self, lessor: Lessor, entry: Entry[Resident]) -> None:
         self._lessor = lessor
         self.entry = entry
+        self.held = True
+        """False once the block has ended."""
 
     @property
     def name(self) -> str:
@@ -46,6 +50,15 @@ class Lease:
     def model(self) -> ModelInfo:
         """The model as it is now."""
         return self._lessor.info(self.entry)
+
+    def check_held(self) -> None:
+        """Raise ModelCacheError once the lease has ended: the model may be gone, or be another version."""
+        if not self.held:
+            raise ModelCacheError(
+                f"The lease on {self.name} has ended: predict inside its `async with` block, or call the registry's "
+                "predict().",
+                model=self.name,
+            )
 
     async def predict(
         self,

@@ -35,6 +35,7 @@ from modelcache.errors import (
 )
 from modelcache.pool.lost import WorkerLostError
 from modelcache.residency import Place, Residency, Resident
+from modelcache.sizing import show_bytes
 from modelcache.stores.base import Artifact
 
 if TYPE_CHECKING:
@@ -105,11 +106,15 @@ class Loader:
         self._pool = pool
         self._slots = asyncio.Semaphore(concurrency)
         self._timeout = timeout
+        self.tasks: set[asyncio.Task[None]] = set()
+        """All that fly, or have landed and still have to let go of their artifact."""
         self._crashes: Counter[tuple[str, str]] = Counter()
 
     def start(self, flight: Flight) -> None:
         """Fly ``flight`` in a task of its own."""
-        flight.task = asyncio.create_task(self._fly(flight), name=f"modelcache load {flight.key}")
+        task = flight.task = asyncio.create_task(self._fly(flight), name=f"modelcache load {flight.key}")
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
 
     def suspect(self, entry: Entry[Resident]) -> None:
         """A worker has crashed while it may have predicted with this model."""
@@ -124,18 +129,19 @@ class Loader:
         try:
             async with self._slots:
                 await self._bring(flight)
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as error:
+            if not _is_being_cancelled():
+                self._fail(flight, _store_error(flight.key, error))
+                return
             closed = RegistryClosedError("The registry was closed while this model was loading.", model=flight.key)
             self._state.flights.fail(flight, closed)
             raise
         except _DesertedError:
-            self._state.flights.end(flight)
+            pass
         except ModelCacheError as error:
             self._fail(flight, error)
         except Exception as error:  # noqa: BLE001 - a store is anybody's code
-            wrapped = StoreError(f"The store failed: {type(error).__name__}: {error}.", model=flight.key)
-            wrapped.__cause__ = error
-            self._fail(flight, wrapped)
+            self._fail(flight, _store_error(flight.key, error))
 
     def _fail(self, flight: Flight, error: ModelCacheError) -> None:
         error.model = error.model or flight.key
@@ -152,7 +158,7 @@ class Loader:
         needed = crashes = 0
         while True:
             try:
-                async with asyncio.timeout_at(deadline):
+                async with asyncio.timeout_at(deadline) as limit:
                     return await self._attempt(flight, needed)
             except _OutgrownError as outgrown:
                 needed = outgrown.needed
@@ -161,8 +167,8 @@ class Loader:
                 if crashes > _CRASHES_FORGIVEN:
                     raise _crashed(flight.key, lost) from lost
             except TimeoutError as error:
-                if isinstance(error, ModelCacheError):
-                    raise
+                if not limit.expired():
+                    raise  # the store's own
                 raise self._timed_out(flight) from error
 
     async def _attempt(self, flight: Flight, needed: int) -> None:
@@ -177,6 +183,8 @@ class Loader:
                     unpacked=facts.unpacked_bytes, measured=facts.size,
                 )  # fmt: skip
                 await self._grow(attempt, facts.size, least=facts.size)
+                assert attempt.worker is not None
+                attempt.worker.check_alive()  # it may have ended while the claim waited to grow
                 self._land(attempt, facts)
             except BaseException as error:
                 self._give_up(attempt)
@@ -207,9 +215,12 @@ class Loader:
         artifact, sizes = attempt.artifact, self._state.sizes
         known = sizes.known(attempt.flight.key, artifact.version) or 0
         if known or attempt.needed:
-            needed = max(known, attempt.needed)
-            await self._claim(attempt, least=known, most=needed)
-            await self._begin(attempt, sizes.unpacked_within(needed, artifact.suffix))
+            await self._claim(attempt, least=known, most=max(known, attempt.needed))
+            assert attempt.claim is not None
+            within = sizes.unpacked_within(attempt.claim.bytes, artifact.suffix)
+            # What a small model takes beyond its ratio is in the measured bytes already: without the second figure
+            # the worker would ask for more than was measured, and others would be evicted for it in vain.
+            await self._begin(attempt, max(within, sizes.unpacked(attempt.flight.key, artifact.version)))
         elif artifact.suffix in _RAW and artifact.size:
             await self._claim(attempt, *self._bounds(attempt, artifact.size))
             await self._begin(attempt, artifact.size)
@@ -236,16 +247,20 @@ class Loader:
     async def _claim(self, attempt: _Attempt, least: int, most: int) -> None:
         """Wait for ``most`` bytes, or for the whole budget if the model may yet fit into it."""
         ledger, flight = self._state.ledger, attempt.flight
-        self._check_fits(flight.key, least)
-        granted: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        attempt.claim, retired = ledger.claim(flight.key, min(most, ledger.budget), granted)
-        self._state.retire(retired)
-        if not granted.done():
-            flight.phase = Phase.QUEUED
-            if not flight.live_waiters():
-                raise _DesertedError
-            await self._queue(attempt, granted)
-            flight.phase = Phase.LOADING
+        granted = False
+        while not granted:  # again, if the budget has become smaller than the claim
+            self._check_fits(flight.key, least)
+            grant: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+            flight.needed = min(most, ledger.budget)
+            attempt.claim, retired = ledger.claim(flight.key, flight.needed, grant)
+            self._state.retire(retired)
+            if not grant.done():
+                flight.phase = Phase.QUEUED
+                if not flight.live_waiters():
+                    self._state.flights.end(flight)  # now: nobody may join it while it lets go of the artifact
+                    raise _DesertedError
+            granted = await self._queue(attempt, grant)
+        flight.phase = Phase.LOADING
         attempt.charge()
 
     async def _grow(self, attempt: _Attempt, size: int, *, least: int) -> None:
@@ -352,9 +367,9 @@ class Loader:
         attempt.worker.charged += facts.size - attempt.charged
         retired = state.ledger.settle(attempt.claim, entry, listed=flight.listed)
         state.failures.forget(flight.key)
-        state.settled(entry)
         for waiter in waiters:
             waiter.set_result(entry)
+        state.settled(entry)  # tells the subscribers, who may do anything, such as cancel one of those who waited
         state.retire(retired)
 
     def _give_up(self, attempt: _Attempt) -> None:
@@ -364,6 +379,7 @@ class Loader:
         if worker is not None and loading is not None and in_worker:
             worker.forget_load(loading)
             if claim is not None and claim.granted:
+                attempt.charge()  # it may have grown in the tick of the cancellation
                 state.retire(state.ledger.abandon(claim, Place(worker, loading.model)))
                 return
             worker.unload(loading.model)
@@ -385,11 +401,23 @@ class Loader:
             )
         holders = tuple(sorted(entry.key for entry in self._state.ledger.table.values() if entry.pins))
         return BudgetTimeoutError(
-            f"No room for {flight.key} within {self._timeout:g} s (load_timeout): the bytes are held by leases and "
-            f"pins of {', '.join(holders[:10]) or 'models that are being loaded'}. Release or unpin one, or raise "
-            "memory_budget.",
-            model=flight.key, holders=holders,
+            f"No room for the {show_bytes(flight.needed)} of {flight.key} within {self._timeout:g} s (load_timeout): "
+            f"the bytes are held by leases and pins of {', '.join(holders[:10]) or 'models that are being loaded'}. "
+            "Release or unpin one, or raise memory_budget.",
+            model=flight.key, needed=flight.needed, holders=holders,
         )  # fmt: skip
+
+
+def _is_being_cancelled() -> bool:
+    """Say whether this task has been asked to end; a store may raise CancelledError over a task of its own."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _store_error(key: str, error: BaseException) -> StoreError:
+    wrapped = StoreError(f"The store failed: {type(error).__name__}: {error}.", model=key)
+    wrapped.__cause__ = error
+    return wrapped
 
 
 def _crashed(key: str, lost: WorkerLostError) -> WorkerCrashedError:

@@ -26,9 +26,12 @@ async def preload(
     wanted = list(dict.fromkeys([n async for n in names] if hasattr(names, "__aiter__") else names))
     run = _Preload(load, wanted, on_progress)
     started = time.perf_counter()
-    async with asyncio.TaskGroup() as group:
-        for _ in range(min(concurrency, len(wanted))):
-            group.create_task(run.load_rest())
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(concurrency, len(wanted))):
+                group.create_task(run.load_rest())
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None
     return PreloadReport(tuple(run.loaded), run.failed, time.perf_counter() - started)
 
 

@@ -11,13 +11,14 @@ import asyncio
 import logging
 import time
 import warnings
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, Self
 
 from modelcache.cache.entry import State
 from modelcache.cache.policies import make_policy
 from modelcache.calls import Call, Trace, ask
 from modelcache.errors import (
+    LoadTimeoutError,
     ModelCacheError,
     StoreError,
     WorkerCrashedError,
@@ -31,7 +32,7 @@ from modelcache.names import check_name
 from modelcache.pool.lost import WorkerLostError
 from modelcache.pool.pool import XGBOOST, Pool
 from modelcache.preloading import preload
-from modelcache.records import Invocation, RegistryStats, Timings
+from modelcache.records import Invocation, RegistryStats, Timings, WorkerDied
 from modelcache.residency import Residency
 from modelcache.sizing import default_budget, parse_bytes, usable_cores
 from modelcache.stores import ArtifactStore, open_store
@@ -169,10 +170,9 @@ class ModelRegistry:
         await self._store.close()
 
     async def _ground_flights(self) -> None:
-        tasks = [flight.task for flight in self._state.flights.airborne if flight.task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, *self._background, return_exceptions=True)
+        for flight in self._state.flights.airborne:
+            flight.task.cancel()
+        await asyncio.gather(*self._loader.tasks, *self._background, return_exceptions=True)
 
     async def __aenter__(self) -> Self:
         return await self.start()
@@ -244,7 +244,7 @@ class ModelRegistry:
     ) -> Matrix:
         call = Call(rows, output, timeout, self._queue_limit)
         for _ in range(2):
-            entry = self._leasing.take_resident(name) or await self._take_cold(name, rows, call, trace)
+            entry = self._leasing.take_resident(name) or await self._take_cold(name, call.deadline, trace)
             if trace is not None:
                 trace.entry, trace.asked = entry, time.perf_counter()
             try:
@@ -259,17 +259,24 @@ class ModelRegistry:
                 self._leasing.release(entry)
         raise _crashed_twice(name, call.lost)
 
-    async def _take_cold(self, name: str, rows: Any, call: Call, trace: Trace | None) -> Entry[Resident]:
-        """Load the model, while the caller may go on changing the array it has passed."""
+    async def _take_cold(self, name: str, deadline: float, trace: Trace | None) -> Entry[Resident]:
         started = time.perf_counter()
-        call.keep(rows)
-        await self.start()
+        await self._started_by(deadline)
         entry = self._leasing.take_resident(name)
         if entry is None:
-            entry = await self._leasing.take_cold(name, call.deadline)
+            entry = await self._leasing.take_cold(name, deadline)
             if trace is not None:
                 trace.waited = time.perf_counter() - started
         return entry
+
+    async def _started_by(self, deadline: float) -> None:
+        try:
+            async with asyncio.timeout(deadline - time.monotonic() if deadline else None):
+                await self.start()
+        except TimeoutError as error:
+            raise LoadTimeoutError(
+                "The timeout passed while the workers were starting: await registry.start() when your app starts."
+            ) from error
 
     async def predict_leased(self, lease: Lease, rows: Any, output: Output, timeout: float | None) -> Matrix:
         """Predict with the version that ``lease`` holds; :meth:`Lease.predict` is the way to call it."""
@@ -277,15 +284,22 @@ class ModelRegistry:
         call = Call(rows, output, timeout, self._queue_limit)
         for _ in range(2):
             if lease.entry.state is State.GONE:  # its worker has ended
-                call.keep(rows)
-                held, lease.entry = lease.entry, await self._leasing.take(lease.name, call.deadline)
-                self._leasing.release(held)
+                await self._renew(lease, call.deadline)
+            lease.check_held()
             try:
                 return await ask(lease.entry, call)
             except WorkerLostError as error:
                 self._life.check()
                 call.lost = error.epitaph
         raise _crashed_twice(lease.name, call.lost)
+
+    async def _renew(self, lease: Lease, deadline: float) -> None:
+        """Let ``lease`` hold the model as loaded again, unless another of its calls was faster or it has ended."""
+        held = lease.entry
+        entry = await self._leasing.take(lease.name, deadline)
+        if lease.held and lease.entry is held:
+            lease.entry, entry = entry, held
+        self._leasing.release(entry)
 
     # Holding models
 
@@ -297,6 +311,7 @@ class ModelRegistry:
         try:
             yield lease
         finally:
+            lease.held = False
             self._leasing.release(lease.entry)
 
     @asynccontextmanager
@@ -355,8 +370,9 @@ class ModelRegistry:
     async def pin(self, name: str) -> ModelInfo:
         """Make ``name`` resident and never evict it until :meth:`unpin`; if its worker ends it is loaded again."""
         async with self.acquire(name) as lease:
-            self._state.pinned.add(lease.name)
-            self._state.ledger.pin(lease.entry)
+            if lease.entry.state is State.READY:  # else it was unloaded while it loaded
+                self._state.pinned.add(lease.name)
+                self._state.ledger.pin(lease.entry)
             return lease.model
 
     def unpin(self, name: str) -> None:
@@ -400,7 +416,12 @@ class ModelRegistry:
     def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]:
         """Call ``callback`` with each event, in the loop, as it happens; call what is returned to stop that."""
         self._state.subscribers.append(callback)
-        return lambda: self._state.subscribers.remove(callback)
+
+        def leave() -> None:
+            with suppress(ValueError):  # it has left already
+                self._state.subscribers.remove(callback)
+
+        return leave
 
     def __repr__(self) -> str:
         ledger, mib = self._state.ledger, 1 << 20
@@ -415,8 +436,9 @@ class ModelRegistry:
         if epitaph.crashed:
             for number in worker.requests.models_waiting() & worker.held.keys():
                 self._loader.suspect(worker.held[number])
-        self._state.lose(worker, epitaph)
+        lost = self._state.lose(worker)
         if not self._life.closed:
+            self._state.emit(WorkerDied(epitaph.pid, epitaph.signal, epitaph.exit_code, lost))
             for key in self._state.pinned - self._state.ledger.table.keys():
                 task = asyncio.create_task(self._pin_again(key))
                 self._background.add(task)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cachetools import LRUCache
 
+from modelcache.cache.entry import State
 from modelcache.cache.failures import FailureMemory
 from modelcache.cache.flight import Flights
 from modelcache.cache.ledger import Ledger
@@ -27,7 +28,6 @@ from modelcache.records import (
     ModelInfo,
     ModelLoaded,
     RegistryStats,
-    WorkerDied,
 )
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from modelcache.cache.policies import EvictionPolicy
     from modelcache.errors import ModelCacheError
     from modelcache.pool.artifacts import LoadedFacts
-    from modelcache.pool.lost import Epitaph
     from modelcache.pool.pool import Pool, Worker
 
 logger = logging.getLogger("modelcache")
@@ -66,8 +65,9 @@ class Resident(Place):
     facts: LoadedFacts
     downloading: float
     """Seconds."""
-    row_seconds: float = 0.0
-    """Seconds a row takes in a large call, as last measured; 0 before the first."""
+    row_seconds: dict[int, float] = field(default_factory=dict)
+    """Seconds a row takes in a large call, as last measured, by what was asked for: contributions cost a thousand
+    times what values do."""
     loaded_at: float = field(default_factory=time.time)
 
     @property
@@ -126,19 +126,19 @@ class Residency:
         self._announce_left(entry)
         self.retire(self.ledger.acknowledge(entry))
 
-    def lose(self, worker: Worker, epitaph: Epitaph) -> None:
-        """A worker has ended, and all that it held is gone."""
+    def lose(self, worker: Worker) -> tuple[str, ...]:
+        """A worker has ended, and all that it held is gone: return the names of that."""
         entries = list(worker.held.values())
         worker.held.clear()
-        resident = [entry for entry in entries if isinstance(entry.value, Resident)]
+        # Of those that were leaving already, their eviction was told when it was ordered.
+        resident = [e for e in entries if isinstance(e.value, Resident) and e.state is not State.UNLOADING]
         retired = self.ledger.lose(entries, "worker")
         for entry in entries:
             self._announce_left(entry)
         for entry in resident:
             self._note_eviction(entry)
         self.retire(retired)
-        names = tuple(entry.key for entry in resident)
-        self.emit(WorkerDied(epitaph.pid, epitaph.signal, epitaph.exit_code, names))
+        return tuple(entry.key for entry in resident)
 
     def failed(self, key: str, error: ModelCacheError) -> None:
         """A load has failed."""

@@ -71,7 +71,7 @@ def model(kind: str = "regression", trees: int = 5, seed: int = 0, *, names: boo
 
 def _task(kind: str, target: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], dict[str, Any]]:
     classes = (target > 0).astype(int) + (target > 1)
-    return {
+    tasks: dict[str, tuple[np.ndarray[Any, Any], dict[str, Any]]] = {
         "regression": (target, {}),
         "stopped": (target, {}),
         "binary": ((target > 0).astype(int), {"objective": "binary:logistic"}),
@@ -79,7 +79,8 @@ def _task(kind: str, target: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any]
         "softmax": (classes, {"objective": "multi:softmax", "num_class": 3}),
         "linear": (target, {"booster": "gblinear"}),
         "dart": (target, {"booster": "dart", "rate_drop": 0.3}),
-    }[kind]
+    }
+    return tasks[kind]
 
 
 def fleet(count: int, trees: int = 5) -> dict[str, bytes]:

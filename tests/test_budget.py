@@ -1,0 +1,369 @@
+"""Rules L1 to L8 as users meet them: what stays, what is evicted, what is refused, and what it all takes for real."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import signal
+from typing import TYPE_CHECKING
+
+import numpy as np
+import psutil
+import pytest
+
+import oracle
+import zoo
+from conftest import settle
+from modelcache import (
+    BudgetTimeoutError,
+    LRUPolicy,
+    MemoryStore,
+    ModelEvicted,
+    ModelLoaded,
+    ModelTooLargeError,
+)
+
+if TYPE_CHECKING:
+    from conftest import MakeRegistry
+    from modelcache import Event, ModelRegistry
+
+ROWS = zoo.rows(2)
+FLEET = {f"m{index}": zoo.model(seed=index, trees=20) for index in range(8)}
+
+
+def fleet_store() -> MemoryStore:
+    return MemoryStore({f"{name}.ubj": model.ubj for name, model in FLEET.items()})
+
+
+async def shrink_to(registry: ModelRegistry, *names: str) -> None:
+    """Learn what all models take, and leave a budget that ``names`` fit into together, and no further model."""
+    sizes = [(await registry.load(name)).size_bytes for name in FLEET]
+    for name in FLEET:
+        await registry.unload(name)
+    registry.resize(sum(sizes[list(FLEET).index(name)] for name in names) + min(sizes) // 2)
+
+
+def resident(registry: ModelRegistry) -> list[str]:
+    return [info.name for info in registry.loaded()]
+
+
+async def assert_answers(registry: ModelRegistry, name: str) -> None:
+    assert np.array_equal(await registry.predict(name, ROWS), FLEET[name].expected(ROWS))
+
+
+# Eviction
+
+
+async def test_the_least_recently_used_makes_room(make_registry: MakeRegistry) -> None:
+    """L1, L7: a model that does not fit evicts what the policy ranks last, and comes back when it is asked for."""
+    registry = await make_registry(fleet_store(), policy="lru")
+    await shrink_to(registry, "m0", "m1", "m2")
+    for name in ("m0", "m1", "m2", "m0", "m3"):
+        await assert_answers(registry, name)
+    assert resident(registry) == ["m2", "m0", "m3"]
+    text = registry.explain("m1")
+    assert re.match(r"m1 is cold: it was evicted \d+\.\d s ago because m3 needed its bytes\.", text)
+    await assert_answers(registry, "m1")
+    assert resident(registry) == ["m0", "m3", "m1"]
+    stats = registry.stats()
+    assert stats.bytes_resident <= stats.budget
+    assert stats.evictions == {"unload": 8, "budget": 2}
+    assert stats.age_at_eviction.count == 2
+
+
+async def test_each_eviction_is_told_with_its_cause(make_registry: MakeRegistry) -> None:
+    """L7: subscribers hear who left, why, and how many bytes that freed, before who came in its place."""
+    registry = await make_registry(fleet_store())
+    await shrink_to(registry, "m0")
+    events: list[Event] = []
+    registry.subscribe(events.append)
+    await registry.load("m0")
+    size = registry.stats().bytes_resident
+    await registry.load("m1")
+    first, evicted, second = events
+    assert isinstance(first, ModelLoaded)
+    assert isinstance(second, ModelLoaded)
+    assert isinstance(evicted, ModelEvicted)
+    assert (evicted.name, evicted.cause, evicted.size_bytes) == ("m0", "budget", size)
+    assert evicted.version == first.model.version
+
+
+async def test_an_eviction_is_counted_once_though_its_worker_ends(make_registry: MakeRegistry) -> None:
+    """L5: bytes that a dead worker can no longer acknowledge are free, and the model has left once, not twice."""
+    registry = await make_registry(fleet_store())
+    await registry.load("m0")
+    events: list[Event] = []
+    registry.subscribe(events.append)
+    worker = psutil.Process(registry._pool.workers[0].pid)
+    worker.suspend()
+    unloading = asyncio.create_task(registry.unload("m0"))
+    await settle()
+    assert registry.stats().bytes_unloading > 0
+    worker.kill()
+    assert await unloading
+    assert [type(event).__name__ for event in events] == ["ModelEvicted", "WorkerDied"]
+    assert registry.stats().evictions == {"unload": 1}
+    assert registry.stats().bytes_unloading == 0
+
+
+async def test_bytes_are_free_only_when_the_worker_says_so(make_registry: MakeRegistry) -> None:
+    """L5: what was evicted is charged until its worker has freed it, and nothing is granted on it before."""
+    registry = await make_registry(fleet_store())
+    await shrink_to(registry, "m0")
+    await registry.load("m0")
+    size = registry.stats().bytes_resident
+    worker = psutil.Process(registry._pool.workers[0].pid)
+    worker.send_signal(signal.SIGSTOP)
+    call = asyncio.create_task(registry.predict("m1", ROWS))
+    while not registry.stats().bytes_unloading:
+        await asyncio.sleep(0)
+    await settle()
+    stats = registry.stats()
+    assert (stats.bytes_resident, stats.bytes_reserved, stats.bytes_unloading) == (0, 0, size)
+    worker.send_signal(signal.SIGCONT)
+    assert np.array_equal(await call, FLEET["m1"].expected(ROWS))
+
+
+async def test_a_policy_that_fails_is_replaced(make_registry: MakeRegistry, caplog: pytest.LogCaptureFixture) -> None:
+    """L7: a policy that raises costs a warning and its say, never a call: least-recently-used order takes over."""
+
+    class Broken(LRUPolicy):
+        def evict(self) -> None:
+            raise RuntimeError("out of ideas")
+
+    registry = await make_registry(fleet_store(), policy=Broken())
+    await shrink_to(registry, "m0", "m1")
+    for name in ("m0", "m1", "m0", "m2"):
+        await assert_answers(registry, name)
+    assert resident(registry) == ["m0", "m2"]
+    warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert ["least-recently-used order replaces it" in record.getMessage() for record in warnings] == [True]
+
+
+# Leases and pins
+
+
+async def test_neither_a_pinned_nor_a_leased_model_is_evicted(make_registry: MakeRegistry) -> None:
+    """L4: with one model pinned and one leased, all others share what is left; released, they can go too."""
+    registry = await make_registry(fleet_store(), policy="lru")
+    await shrink_to(registry, "m0", "m1", "m2")
+    await registry.pin("m0")
+    async with registry.acquire("m1") as lease:
+        for name in ("m2", "m3", "m4", "m2"):
+            await assert_answers(registry, name)
+            assert {"m0", "m1"} < set(resident(registry))
+        assert np.array_equal(await lease.predict(ROWS), FLEET["m1"].expected(ROWS))
+    registry.unpin("m0")
+    for name in ("m5", "m6", "m7"):
+        await registry.load(name)
+    assert resident(registry) == ["m5", "m6", "m7"]
+
+
+async def test_nothing_is_evicted_in_vain(make_registry: MakeRegistry) -> None:
+    """L3: while leases leave too little to evict for a load, what is idle stays; the load begins when one ends."""
+    registry = await make_registry(fleet_store())
+    await shrink_to(registry, "m0", "m1", "m2")
+    big = zoo.model(trees=50)
+    store = registry._store
+    assert isinstance(store, MemoryStore)
+    store.put("big.ubj", big.ubj)
+    await registry.load("m2")
+    async with registry.acquire("m0"), registry.acquire("m1"):
+        call = asyncio.create_task(registry.predict("big", ROWS))
+        while not registry._state.ledger.queue:
+            await asyncio.sleep(0)
+        await settle()
+        assert "m2" in resident(registry), "evicting it would not make room enough"
+        await assert_answers(registry, "m2")
+    assert np.array_equal(await call, big.expected(ROWS))
+
+
+async def test_a_name_that_is_not_in_the_store_evicts_nothing(make_registry: MakeRegistry) -> None:
+    """L3: bytes are claimed once the store has the artifact, so that a misspelt name costs nobody anything."""
+    registry = await make_registry(fleet_store())
+    await shrink_to(registry, "m0")
+    await registry.load("m0")
+    report = await registry.preload([f"absent{index}" for index in range(50)])
+    assert len(report.failed) == 50
+    assert resident(registry) == ["m0"]
+
+
+async def test_a_model_that_cannot_fit_is_refused(make_registry: MakeRegistry) -> None:
+    """L3: a model beyond the whole budget is refused with both figures, and nothing is evicted for it."""
+    registry = await make_registry(fleet_store())
+    await shrink_to(registry, "m0", "m1")
+    await registry.load("m0")
+    await registry.load("m1")
+    store = registry._store
+    assert isinstance(store, MemoryStore)
+    big = zoo.model(trees=100)
+    for file, data in {"raw.ubj": big.ubj, "packed.tar.gz": big.targz, "text.json": big.json}.items():
+        store.put(file, data)
+        name = file.partition(".")[0]
+        with pytest.raises(ModelTooLargeError, match=r"raise memory_budget\. Nothing was evicted for it") as caught:
+            await registry.predict(name, ROWS)
+        assert caught.value.model == name
+        assert caught.value.budget == registry.stats().budget < caught.value.needed
+    assert resident(registry) == ["m0", "m1"]
+    assert registry.stats().bytes_reserved == 0
+    registry.resize("64 MiB")
+    assert np.array_equal(await registry.predict("raw", ROWS), big.expected(ROWS))
+
+
+async def test_a_load_that_waits_in_vain_names_the_holders(make_registry: MakeRegistry) -> None:
+    """L4: when leases and pins hold the bytes for longer than load_timeout, the error says whose they are."""
+    registry = await make_registry(fleet_store(), load_timeout=0.2)
+    await shrink_to(registry, "m0", "m1")
+    await registry.pin("m0")
+    async with registry.acquire("m1"):
+        with pytest.raises(
+            BudgetTimeoutError, match=r"held by leases and pins of m0, m1\. Release or unpin one"
+        ) as error:
+            await registry.predict("m2", ROWS)
+    assert (error.value.model, error.value.holders) == ("m2", ("m0", "m1"))
+    assert error.value.needed > 0
+    await assert_answers(registry, "m2")
+
+
+async def test_groups_that_would_deadlock_take_turns(make_registry: MakeRegistry) -> None:
+    """L4: groups of two that overlap, with room for one group, are each served in turn; none waits for ever."""
+    registry = await make_registry(fleet_store())
+    await shrink_to(registry, "m0", "m1")
+    order: list[str] = []
+
+    async def use(first: str, second: str) -> None:
+        async with registry.acquire_many([first, second]) as leases:
+            assert [lease.name for lease in leases] == [first, second]
+            await settle()
+            for lease in leases:
+                assert np.array_equal(await lease.predict(ROWS), FLEET[lease.name].expected(ROWS))
+            order.append(first + second)
+
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        for pair in (("m0", "m1"), ("m1", "m0"), ("m2", "m3"), ("m3", "m2")):
+            group.create_task(use(*pair))
+    assert order == ["m0m1", "m1m0", "m2m3", "m3m2"]
+    assert registry._state.ledger.leases == 0
+
+
+async def test_a_group_that_fails_holds_nothing(make_registry: MakeRegistry) -> None:
+    """L4: acquire_many is all or nothing: with one name missing no lease is left, and the next group can form."""
+    registry = await make_registry(fleet_store())
+    with pytest.raises(LookupError):
+        async with registry.acquire_many(["m0", "absent"]):
+            raise AssertionError("unreachable")
+    assert registry._state.ledger.leases == 0
+    async with registry.acquire_many(["m0", "m0"]) as leases:
+        assert [lease.name for lease in leases] == ["m0", "m0"]
+
+
+# The budget changes
+
+
+async def test_resize_works_while_the_registry_does(make_registry: MakeRegistry) -> None:
+    """L1: a smaller budget evicts at once what is idle, and what is leased when its lease ends; a larger one grants."""
+    registry = await make_registry(fleet_store(), policy="lru")
+    sizes = {name: (await registry.load(name)).size_bytes for name in FLEET}
+    async with registry.acquire("m0"), registry.acquire("m1"):
+        registry.resize(sizes["m1"] + sizes["m0"] // 2)
+        assert resident(registry) == ["m0", "m1"]
+        oracle.check(registry, shrunk=True)
+    while registry.stats().bytes_unloading:
+        await asyncio.sleep(0)
+    assert resident(registry) == ["m0"]
+    assert "because the budget was made smaller" in registry.explain("m1")
+    async with registry.acquire("m0"):
+        call = asyncio.create_task(registry.predict("m2", ROWS))
+        while not registry._state.ledger.queue:
+            await asyncio.sleep(0)
+        registry.resize("64 MiB")
+        assert np.array_equal(await call, FLEET["m2"].expected(ROWS))
+    for nonsense in (0, -1, "much", True):
+        with pytest.raises(ValueError, match="is no size"):
+            registry.resize(nonsense)
+
+
+async def test_resize_below_what_a_load_waits_for_refuses_it(make_registry: MakeRegistry) -> None:
+    """L3: a load that queues for bytes when the budget becomes too small for it is refused, and blocks nobody."""
+    registry = await make_registry(fleet_store())
+    await shrink_to(registry, "m0", "m1")
+    store = registry._store
+    assert isinstance(store, MemoryStore)
+    store.put("big.ubj", zoo.model(trees=35).ubj)
+    async with registry.acquire("m0"):
+        call = asyncio.create_task(registry.predict("big", ROWS))
+        while not registry._state.ledger.queue:
+            await asyncio.sleep(0)
+        await shrink_below(registry)
+        with pytest.raises(ModelTooLargeError):
+            await call
+
+
+async def shrink_below(registry: ModelRegistry) -> None:
+    registry.resize(registry.stats().bytes_resident + 1)
+
+
+async def test_nothing_lands_in_a_worker_that_has_ended(make_registry: MakeRegistry) -> None:
+    """L6, P1: a model whose worker dies while its claim still has to grow is loaded anew, not given out dead."""
+    registry = await make_registry(fleet_store(), workers=2, policy="lru")
+    sizes = {name: (await registry.load(name)).size_bytes for name in FLEET}
+    small, *_, large = sorted(FLEET, key=lambda name: sizes[name])
+    late = next(name for name in FLEET if name not in (small, large))
+    await shrink_to(registry, small, large)
+    (its_worker,) = (await registry.load(large)).workers
+    (other_worker,) = (await registry.load(small)).workers
+    assert its_worker != other_worker
+    registry._state.sizes._known.clear()
+    registry._state.sizes.upper = lambda unpacked, suffix: unpacked // 2  # type: ignore[method-assign]
+    psutil.Process(its_worker).suspend()
+    call = asyncio.create_task(registry.predict(late, ROWS))
+    while not registry.stats().bytes_unloading:  # it has loaded, and takes more than was reserved
+        await asyncio.sleep(0)
+    psutil.Process(other_worker).kill()
+    while not registry.stats().worker_restarts:
+        await asyncio.sleep(0)
+    psutil.Process(its_worker).resume()
+    assert np.array_equal(await call, FLEET[late].expected(ROWS))
+
+
+# For real
+
+
+async def test_three_hundred_models_cycle_through_a_budget_for_thirty(make_registry: MakeRegistry) -> None:
+    """L1: measured bytes, the workers' heap and their resident set stay within the budget, whatever comes and goes."""
+    kinds = [zoo.model(trees=700, seed=seed) for seed in range(5)]
+    models = {f"m{index:03}": kinds[index % len(kinds)] for index in range(300)}
+    store = MemoryStore({f"{name}.ubj": model.ubj for name, model in models.items()})
+    registry = await make_registry(store, workers=2, memory_budget="512 MiB")
+    largest = max([(await registry.load(f"m{index:03}")).size_bytes for index in range(len(kinds))])
+    for index in range(len(kinds)):
+        await registry.unload(f"m{index:03}")
+    assert largest > 300_000
+    budget = 30 * largest
+    registry.resize(budget)
+    heap, rss = await measured(registry), resident_set(registry)
+    expected = {id(model): model.expected(ROWS) for model in kinds}
+    highest = 0
+    for start in range(0, len(models), 10):
+        names = list(models)[start : start + 10]
+        for name, answer in zip(names, await asyncio.gather(*(registry.predict(n, ROWS) for n in names)), strict=True):
+            assert np.array_equal(answer, expected[id(models[name])])
+            stats = registry.stats()
+            assert stats.bytes_resident + stats.bytes_reserved + stats.bytes_unloading <= budget
+            assert stats.bytes_resident == sum(info.size_bytes for info in registry.loaded())
+        taken = await measured(registry) - heap
+        assert taken <= budget + 2 * largest, "beyond what one load of each worker works with"
+        highest = max(highest, resident_set(registry) - rss)
+    assert len(registry.loaded()) >= 28
+    assert taken >= 0.9 * registry.stats().bytes_resident, "the ledger charges what the heap has"
+    assert highest <= 1.25 * budget
+    assert registry.stats().evictions["budget"] == len(models) - len(registry.loaded())
+
+
+async def measured(registry: ModelRegistry) -> int:
+    return sum([await worker.measure() for worker in registry._pool.workers])
+
+
+def resident_set(registry: ModelRegistry) -> int:
+    return sum(psutil.Process(worker.pid).memory_info().rss for worker in registry._pool.workers)
