@@ -1,0 +1,113 @@
+"""The commands and their options; each hands over to the module that does the work."""
+
+import asyncio
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from modelcache import InvalidInputError, MissingDependencyError, __version__
+from modelcache.commands import inspecting, predicting
+from modelcache.commands.terminal import make_console
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_DEMO_PACKAGES = frozenset({"matplotlib", "xgboost"})
+_LARGEST_SEED = (1 << 31) - 1
+
+Store = Annotated[str, typer.Argument(metavar="STORE", help="A folder of artifacts, or the URL of a store.")]
+
+
+class OutputKind(StrEnum):
+    """What to predict."""
+
+    value = "value"
+    margin = "margin"
+    leaf = "leaf"
+    contribs = "contribs"
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"modelcache {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def modelcache(
+    context: typer.Context,
+    _version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Serve very many small XGBoost models from one process, under a byte budget."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def demo(
+    models: Annotated[int, typer.Option(min=1, max=10_000, help="Cities, each with a model of its own.")] = 10,
+    calls: Annotated[int, typer.Option(min=1, help="Calls at random, once for each budget.")] = 30,
+    seed: Annotated[int, typer.Option(min=0, max=_LARGEST_SEED, help="Same seed, same houses and prices.")] = 0,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the models and the chart go.")] = Path("demo"),
+) -> None:
+    """Train a model per city, and serve them all: cold and warm calls, a new city, evictions, a rush of callers."""
+    try:
+        from modelcache.demo import run  # noqa: PLC0415 - what it needs comes by an extra
+    except ModuleNotFoundError as error:
+        missing = str(error.name).partition(".")[0]
+        if missing not in _DEMO_PACKAGES:
+            raise
+        raise MissingDependencyError(f"The demo needs {missing}: pip install 'modelcache[demo]'") from error
+    run(make_console(), out=out, models=models, calls=calls, seed=seed)
+
+
+@app.command()
+def predict(
+    store: Store,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The model, such as Chicago_IL.")],
+    rows: Annotated[
+        typer.FileText,
+        typer.Argument(
+            metavar="ROWS.CSV",
+            encoding="utf-8-sig",
+            help="A CSV file, one row a line; '-' is standard input. With a header, columns are matched by name. "
+            "An empty cell is a missing value.",
+        ),
+    ],
+    output: Annotated[OutputKind, typer.Option(help="What to predict.")] = OutputKind.value,
+) -> None:
+    """Print the predictions for the rows of a CSV file, one line each; several outputs are separated by commas."""
+    try:
+        table = predicting.read_table(rows)
+    except UnicodeDecodeError as error:
+        raise InvalidInputError(f"{rows.name} is not UTF-8 text: {error}. Save it as CSV (UTF-8).") from error
+    predictions = asyncio.run(predicting.predict(store, name, table, output.value))
+    for line in predicting.lines(predictions, output.value):
+        typer.echo(line)
+
+
+@app.command()
+def inspect(
+    store: Store,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="A model; without one, all are listed.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Models to list at most.")] = 50,
+) -> None:
+    """Show what is in a store or an artifact: format, size, features, trees, best iteration.
+
+    Every model shown is loaded. The exit code is 1 if one of them cannot be.
+    """
+    console, path = make_console(), Path(store)
+    if name is None and path.is_file():
+        store, name = str(path.parent), path.name
+    if name is not None:
+        asyncio.run(inspecting.show_model(console, store, name))
+    elif asyncio.run(inspecting.show_store(console, store, limit=limit)):
+        raise typer.Exit(1)
