@@ -1,0 +1,327 @@
+"""Cold against warm, and modelcache against what one would write by hand.
+
+    python benchmarks/latency.py            about three minutes; writes benchmarks/results/latency.{json,md,png}
+    python benchmarks/latency.py --quick    seconds; shows that it works, not how fast anything is
+
+Ten house-price models (25 trees of depth 5, six features) lie in a folder as NAME.tar.gz. Each rival runs in a process
+of its own, all see the same artifacts, rows and environment, XGBoost has one thread everywhere. The rivals take turns:
+A B C ... A B C ..., so that what the machine does meanwhile hits all of them; ratios are taken within a round. Clients
+ask in a closed loop, and each answer is compared with XGBoost's own, bit for bit, after the clock has stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.progress import Progress
+
+import report
+from harness import ENVIRONMENT, Contender
+from models import DEPTH, NAMES, ONE, THOUSAND, TREES, copies, make_fleet
+from plots import plot_latency
+from rivals import RIVALS, YARDSTICK
+
+if TYPE_CHECKING:
+    Round = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is asked, and by how many at once."""
+
+    key: str
+    title: str
+    kind: str
+    concurrency: int
+    first: bool = False
+    """First calls, of names that nobody has asked for before."""
+
+
+CASES = (
+    Case("one-1", "One row, 1 client", ONE, 1),
+    Case("one-16", "One row, 16 clients", ONE, 16),
+    Case("one-64", "One row, 64 clients", ONE, 64),
+    Case("thousand-4", "1,000 rows, 4 clients", THOUSAND, 4),
+    Case("first-1", "First calls, one after another", ONE, 1, first=True),
+    Case("first-10", "First calls, 10 at once", ONE, 10, first=True),
+)
+
+FIGURES = ("p50", "p90", "p99", "calls_per_second", "cpu_per_call")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured."""
+
+    rounds: int
+    seconds: float
+    """Of each warm measurement."""
+    warm_up: float
+    """Seconds of calls before it."""
+    first_calls: int
+    """In each cold measurement."""
+
+
+FULL = Plan(rounds=7, seconds=0.4, warm_up=0.1, first_calls=50)
+QUICK = Plan(rounds=2, seconds=0.03, warm_up=0.02, first_calls=10)
+
+
+def main() -> None:
+    """Measure, report, write."""
+    options = _options()
+    console = report.console()
+    with tempfile.TemporaryDirectory(prefix="modelcache-latency-") as folder:
+        results = measure(Path(folder), options.plan, options.rivals)
+    results["claims"] = check_claims(results)
+    tables = make_tables(results)
+    for table in tables:
+        console.print(table.rich(), "")
+    for claim in results["claims"]:
+        console.print(_claim_line(claim))
+    options.output.mkdir(parents=True, exist_ok=True)
+    report.write_json(options.output / "latency.json", results)
+    (options.output / "latency.md").write_text(_page(results, tables))
+    plot_latency(results, options.output / "latency.png")
+    console.print(f"Written: latency.json, latency.md and latency.png in {options.output}")
+
+
+def _options() -> argparse.Namespace:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a few seconds, to see that it works")
+    parser.add_argument("--rounds", type=int, help="how often the rivals take turns")
+    parser.add_argument("--seconds", type=float, help="length of one warm measurement")
+    parser.add_argument("--rivals", nargs="+", choices=tuple(RIVALS), default=list(RIVALS), metavar="KEY")
+    parser.add_argument("--output", type=Path, default=report.RESULTS, help="folder for the results")
+    options = parser.parse_args()
+    plan = QUICK if options.quick else FULL
+    options.plan = replace(plan, rounds=options.rounds or plan.rounds, seconds=options.seconds or plan.seconds)
+    if YARDSTICK not in options.rivals:
+        options.rivals.append(YARDSTICK)
+    return options
+
+
+# Measuring
+
+
+def measure(folder: Path, plan: Plan, keys: list[str]) -> dict[str, Any]:
+    """Let the rivals take turns, and return everything that was seen."""
+    results = report.environment("modelcache", "xgboost-cpu", "numpy", "async-lru") | {
+        "benchmark": "latency",
+        "settings": asdict(plan)
+        | {"models": len(NAMES), "trees": TREES, "depth": DEPTH, "nthread": 1, "environment": ENVIRONMENT},
+    }
+    make_fleet(folder)
+    memory = {key: _memory_alone(key, folder, plan) for key in keys}
+    with ExitStack() as stack:
+        contenders = [stack.enter_context(Contender(key, folder)) for key in keys]
+        for contender in contenders:
+            _load_everything(contender, plan)
+        results["cases"] = _summarised(_take_turns(contenders, plan, folder))
+        results["rivals"] = {contender.key: _about(contender, memory[contender.key]) for contender in contenders}
+    return results
+
+
+def _memory_alone(key: str, folder: Path, plan: Plan) -> Round:
+    """Return what a rival takes while no other is there to share pages with."""
+    with Contender(key, folder) as contender:
+        _load_everything(contender, plan)
+        return contender.memory()
+
+
+def _load_everything(contender: Contender, plan: Plan) -> None:
+    """Ask until each process of the rival has every model."""
+    contender.ask(ONE, 16, seconds=2 * plan.warm_up)
+    contender.ask(THOUSAND, 4, seconds=plan.warm_up)
+
+
+def _take_turns(contenders: list[Contender], plan: Plan, folder: Path) -> dict[tuple[str, str], list[Round]]:
+    seen: dict[tuple[str, str], list[Round]] = {}
+    with Progress(transient=True) as progress:
+        for number in progress.track(range(plan.rounds), description="Rounds"):
+            for case in CASES:
+                first = copies(folder, plan.first_calls, f"{case.key}_{number}") if case.first else []
+                for contender in contenders:
+                    if RIVALS[contender.key].predicts or not case.first:
+                        seen.setdefault((case.key, contender.key), []).append(_turn(case, contender, plan, first))
+    return seen
+
+
+def _turn(case: Case, contender: Contender, plan: Plan, first: list[tuple[str, str]]) -> Round:
+    if case.first:
+        return contender.ask_first(case.kind, case.concurrency, first)
+    return contender.ask(case.kind, case.concurrency, seconds=plan.seconds, warm_up=plan.warm_up)
+
+
+def _about(contender: Contender, memory: Round) -> dict[str, Any]:
+    rival = RIVALS[contender.key]
+    return {
+        "label": rival.label,
+        "rows": rival.takes,
+        "predicts": rival.predicts,
+        "start_seconds": round(contender.start_seconds, 3),
+        **memory,
+    }
+
+
+def _summarised(rounds: dict[tuple[str, str], list[Round]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "case": case.key,
+            "title": case.title,
+            "rival": key,
+            "correct": not any(seen["wrong"] for seen in seen_rounds),
+            "answers_compared": sum(int(seen["calls"]) for seen in seen_rounds),
+            "stable": _is_stable(seen_rounds),
+            **{figure: report.summary([seen[figure] for seen in seen_rounds]) for figure in FIGURES},
+            "p50_ratio": _ratio(seen_rounds, rounds[case.key, YARDSTICK], "p50"),
+            "calls_ratio": _ratio(seen_rounds, rounds[case.key, YARDSTICK], "calls_per_second"),
+            "rounds": seen_rounds,
+        }
+        for case in CASES
+        for key in RIVALS
+        if (seen_rounds := rounds.get((case.key, key)))
+    ]
+
+
+def _is_stable(rounds: list[Round]) -> bool:
+    return all(report.summary([seen[figure] for seen in rounds])["steady"] for figure in ("p50", "calls_per_second"))
+
+
+def _ratio(rounds: list[Round], yardstick: list[Round], figure: str) -> dict[str, Any]:
+    pairs = zip(rounds, yardstick, strict=True)
+    return report.summary([mine[figure] / others[figure] for mine, others in pairs])
+
+
+# Claims
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the project says of itself, to be checked in each run."""
+
+    text: str
+    case: str
+    figure: str
+    limit: float
+    at_most: bool
+
+
+CLAIMS = (
+    Claim("A warm one-row call of 1 client takes at most 0.75 of to_thread's p50", "one-1", "p50_ratio", 0.75, True),
+    Claim("With 64 clients there are at least 5 times to_thread's calls/s", "one-64", "calls_ratio", 5.0, False),
+)
+
+
+def check_claims(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the claims about modelcache with what was measured."""
+    found = {(entry["case"], entry["rival"]): entry for entry in results["cases"]}
+    checked = []
+    for claim in CLAIMS:
+        entry = found.get((claim.case, "modelcache"))
+        if entry is not None:
+            ratio = entry[claim.figure]
+            met = ratio["median"] <= claim.limit if claim.at_most else ratio["median"] >= claim.limit
+            checked.append({"claim": claim.text, "limit": claim.limit, "met": met, "measured": ratio})
+    return checked
+
+
+def _claim_line(claim: dict[str, Any]) -> str:
+    measured = claim["measured"]
+    return (
+        f"{'Met' if claim['met'] else 'NOT MET'}: {claim['claim']}: {report.times(measured['median'])} "
+        f"(rounds: {report.times(measured['min'])} to {report.times(measured['max'])})."
+    )
+
+
+# Reporting
+
+
+def make_tables(results: dict[str, Any]) -> list[report.Table]:
+    """Return one table per case, and one of the processes."""
+    tables = [_case_table(case, results) for case in CASES]
+    return [*tables, _process_table(results)]
+
+
+def _case_table(case: Case, results: dict[str, Any]) -> report.Table:
+    entries = [entry for entry in results["cases"] if entry["case"] == case.key]
+    entries.sort(key=lambda entry: entry["p50"]["median"])
+    columns = (
+        "rival", "p50 µs", "rounds", "p90 µs", "p99 µs", "calls/s", "p50 ratio", "calls/s ratio", "CPU µs", "stable",
+        "correct",
+    )  # fmt: skip
+    rows = [_case_row(entry, results["rivals"][entry["rival"]]) for entry in entries]
+    return report.Table(case.title, columns, rows, highlighted="modelcache")
+
+
+def _case_row(entry: dict[str, Any], rival: dict[str, Any]) -> tuple[str, ...]:
+    p50 = entry["p50"]
+    return (
+        rival["label"],
+        _short(p50["median"]),
+        f"{_short(p50['min'])} to {_short(p50['max'])}",
+        *(_short(entry[figure]["median"]) for figure in ("p90", "p99", "calls_per_second")),
+        report.times(entry["p50_ratio"]["median"]),
+        report.times(entry["calls_ratio"]["median"]),
+        _short(entry["cpu_per_call"]["median"]),
+        "yes" if entry["stable"] else "NO",
+        _correctness(entry, predicts=rival["predicts"]),
+    )
+
+
+def _correctness(entry: dict[str, Any], *, predicts: bool) -> str:
+    if not predicts:
+        return "-" if entry["correct"] else "no echo"
+    wrong = sum(int(seen["wrong"]) for seen in entry["rounds"])
+    return f"all {entry['answers_compared']:,}" if entry["correct"] else f"{wrong:,} WRONG"
+
+
+def _process_table(results: dict[str, Any]) -> report.Table:
+    rows: list[tuple[str, ...]] = [
+        (
+            about["label"], about["rows"], f"{about['start_seconds']:.2f}", str(about["processes"]),
+            f"{about['rss_mb']:.0f}", f"{about['pss_mb']:.0f}",
+        )
+        for about in results["rivals"].values()
+    ]  # fmt: skip
+    columns = ("rival", "rows", "start s", "processes", "RSS MB", "PSS MB")
+    return report.Table(f"Processes, with {len(NAMES)} models loaded", columns, rows, highlighted="modelcache")
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _page(results: dict[str, Any], tables: list[report.Table]) -> str:
+    settings = results["settings"]
+    notes = f"""
+* Medians of {settings["rounds"]} interleaved rounds; a warm measurement takes {settings["seconds"]:g} s after
+  {settings["warm_up"]:g} s of warm-up, a cold one makes {settings["first_calls"]} first calls. "rounds": the least and
+  the most of the rounds' p50. "p50 ratio" and "calls/s ratio" are relative to `{RIVALS[YARDSTICK].label}`, taken within
+  each round.
+* "stable" is NO when the interquartile range of the rounds' p50 or calls/s is over {report.STEADY:.0%} of the median:
+  believe the order of magnitude, not the digits.
+* {settings["models"]} models of {settings["trees"]} trees, depth {settings["depth"]}, six features; `nthread=1` and the
+  same OpenMP settings everywhere; garbage collector as Python sets it. Closed loop: a client asks its next question in
+  the moment it has the last answer.
+* Rows: `modelcache` is given lists, as a user would write them, and converts them in each call; all others are given a
+  float32 array made beforehand, and so is "modelcache, array".
+* First calls are of names never heard before in a local folder. The files are in the page cache, the libraries are
+  imported and the processes run: "start s" is what that takes from nothing.
+* "inplace_predict on the loop" lets everything else in the app wait while it predicts or loads. The echo predicts
+  nothing: it is the floor of any design with processes.
+* CPU is that of all processes of the rival, per call. RSS and PSS are of all of them too, read while no other rival
+  runs; PSS counts pages that they share once.
+* Correct: every answer is compared with `Booster.predict(DMatrix(rows))`, bit for bit."""
+    claims = "\n".join(f"* {_claim_line(claim)}" for claim in results["claims"])
+    parts = ("## Latency: cold, warm, and written by hand", report.describe(results), "![plot](latency.png)", claims)
+    return "\n\n".join([*parts, *(table.markdown() for table in tables), "### How to read this" + "\n" + notes]) + "\n"
+
+
+if __name__ == "__main__":
+    main()

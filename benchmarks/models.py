@@ -1,0 +1,120 @@
+"""The models that all benchmarks predict with: ten house-price models, one per city, and rows to ask them about.
+
+``python benchmarks/models.py FOLDER`` makes them: in a process of its own, so that the library is not in the parent's
+memory, where it would be shared with the rivals whose memory is measured.
+"""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Matrix = NDArray[np.float32]
+
+NAMES = (
+    "NewYork_NY", "LosAngeles_CA", "Chicago_IL", "Houston_TX", "Dallas_TX",
+    "Phoenix_AZ", "Philadelphia_PA", "SanAntonio_TX", "SanDiego_CA", "SanFrancisco_CA",
+)  # fmt: skip
+FEATURES = ("year_built", "square_feet", "bedrooms", "bathrooms", "lot_acres", "garage_spaces")
+WHOLE_NUMBERS = (True, True, True, False, False, True)
+"""Which features a JSON body or a user would write without a decimal point."""
+
+TREES, DEPTH = 25, 5
+ONE, THOUSAND = "one", "thousand"
+"""The two sets of questions: calls of one row, and calls of 1,000."""
+_ROWS = {ONE: (64, 1), THOUSAND: (4, 1000)}
+"""Questions per model, and rows of each."""
+
+
+def houses(count: int, random: np.random.Generator) -> Matrix:
+    """Return rows like [1990, 3047, 5, 1.0, 1.11, 2]."""
+    columns = (
+        random.integers(1900, 2024, count),
+        random.integers(600, 6000, count),
+        random.integers(1, 7, count),
+        random.integers(2, 9, count) / 2,
+        random.integers(5, 300, count) / 100,
+        random.integers(0, 4, count),
+    )
+    return np.column_stack(columns).astype(np.float32)
+
+
+def as_lists(rows: Matrix) -> list[list[float]]:
+    """Return rows as a user writes them: whole numbers as int, the others as float."""
+    return [
+        [int(value) if whole else value for value, whole in zip(row, WHOLE_NUMBERS, strict=True)]
+        for row in rows.tolist()
+    ]
+
+
+def make_fleet(folder: Path) -> None:
+    """Train the models, write each as NAME.tar.gz, and questions.npz: rows with XGBoost's own answers."""
+    subprocess.run([sys.executable, __file__, str(folder)], check=True)
+
+
+def _make_fleet(folder: Path) -> None:
+    questions: dict[str, Any] = {}
+    for seed, name in enumerate(NAMES):
+        random = np.random.default_rng(seed)
+        booster = _train(random)
+        (folder / f"{name}.tar.gz").write_bytes(_pack(bytes(booster.save_raw("ubj"))))
+        for kind, (count, size) in _ROWS.items():
+            rows = [houses(size, random) for _ in range(count)]
+            questions[f"{kind}/{name}/rows"] = np.stack(rows)
+            questions[f"{kind}/{name}/answers"] = np.stack([_ask(booster, part) for part in rows])
+    np.savez(folder / "questions.npz", **questions)
+
+
+def read_questions(folder: Path, kind: str) -> list[tuple[str, Matrix, Matrix]]:
+    """Return (name, rows, XGBoost's answer) for all models in turn, so that no two neighbours share a model."""
+    with np.load(folder / "questions.npz") as stored:
+        per_model = [(name, stored[f"{kind}/{name}/rows"], stored[f"{kind}/{name}/answers"]) for name in NAMES]
+    count = _ROWS[kind][0]
+    return [(name, rows[index], answers[index]) for index in range(count) for name, rows, answers in per_model]
+
+
+def copies(folder: Path, count: int, prefix: str) -> list[tuple[str, str]]:
+    """Offer the models under ``count`` names never heard before; return (new name, name) of each."""
+    named = [(f"{prefix}_{index}_{NAMES[index % len(NAMES)]}", NAMES[index % len(NAMES)]) for index in range(count)]
+    for new, name in named:
+        (folder / f"{new}.tar.gz").write_bytes((folder / f"{name}.tar.gz").read_bytes())
+    return named
+
+
+def _train(random: np.random.Generator) -> Any:
+    import xgboost  # noqa: PLC0415 - the processes that only read questions must not carry it
+
+    rows = houses(4000, random)
+    weights = random.uniform(0.5, 1.5, len(FEATURES)) * (900, 140, 9_000, 14_000, 22_000, 11_000)
+    prices = (rows - rows.mean(0)) @ weights + 400_000 + random.normal(0, 20_000, len(rows))
+    matrix = xgboost.DMatrix(rows, prices.astype(np.float32))
+    return xgboost.train({"max_depth": DEPTH, "nthread": 1}, matrix, TREES)
+
+
+def _ask(booster: Any, rows: Matrix) -> Matrix:
+    import xgboost  # noqa: PLC0415
+
+    return np.asarray(booster.predict(xgboost.DMatrix(rows)), np.float32)
+
+
+def _pack(model: bytes) -> bytes:
+    """Return a gzipped tar with the member ``xgboost-model``, as SageMaker packs it."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        member = tarfile.TarInfo("xgboost-model")
+        member.size = len(model)
+        tar.addfile(member, io.BytesIO(model))
+    return packed.getvalue()
+
+
+if __name__ == "__main__":
+    _make_fleet(Path(sys.argv[1]))

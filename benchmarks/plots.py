@@ -1,0 +1,107 @@
+"""The figures of the benchmarks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullLocator
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from matplotlib.axes import Axes
+
+OURS, FLOOR, OTHERS = "#0b6e4f", "#b8b8b8", "#5b7db1"
+"""modelcache, what nobody can beat, what one would write by hand."""
+
+_FLOORS = ("direct", "echo")
+
+_LATENCY_PANELS = (
+    ("one-1", "p50", "One row, 1 client: p50 in µs", "shorter is better"),
+    ("one-64", "calls_per_second", "One row, 64 clients: calls/s", "longer is better"),
+    ("thousand-4", "calls_per_second", "1,000 rows, 4 clients: calls/s", "longer is better"),
+)
+
+
+def plot_latency(results: dict[str, Any], path: Path) -> None:
+    """Draw three warm cases, and the first call beside the warm one."""
+    figure, axes = plt.subplots(2, 2, figsize=(13, 8), layout="constrained")
+    for (case, quantity, title, hint), panel in zip(_LATENCY_PANELS, axes.flat, strict=False):
+        _bars(panel, results, case, quantity)
+        _entitle(panel, title, hint)
+    _cold_and_warm(axes.flat[3], results)
+    figure.suptitle(
+        "modelcache (green), written by hand (blue), floors that block the loop or predict nothing (grey)\n"
+        f"medians of {results['settings']['rounds']} interleaved rounds, lines from the least to the most",
+        fontsize=11,
+    )
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _bars(panel: Axes, results: dict[str, Any], case: str, quantity: str) -> None:
+    """Draw one bar per rival, the best at the top; among calls/s the echo would dwarf all that predict."""
+    hidden = "echo" if quantity == "calls_per_second" else ""
+    entries = [entry for entry in results["cases"] if entry["case"] == case and entry["rival"] != hidden]
+    entries.sort(key=lambda entry: entry[quantity]["median"], reverse=quantity == "p50")
+    for place, entry in enumerate(entries):
+        seen = entry[quantity]
+        panel.barh(place, seen["median"], color=_colour(entry["rival"]), height=0.7)
+        panel.hlines(place, seen["min"], seen["max"], color="black", linewidth=1.2)
+        panel.annotate(
+            f"{seen['median']:,.0f}", (max(seen["median"], seen["max"]), place), xytext=(4, 0),
+            textcoords="offset points", va="center", fontsize=9,
+        )  # fmt: skip
+    panel.set_yticks(range(len(entries)), [_label(results, entry["rival"]) for entry in entries])
+    panel.margins(x=0.13)
+    panel.set_xlim(left=0)
+    panel.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+
+
+def _cold_and_warm(panel: Axes, results: dict[str, Any]) -> None:
+    """Draw a warm and a first call of each rival on one line."""
+    p50 = {(entry["case"], entry["rival"]): entry["p50"] for entry in results["cases"]}
+    keys = sorted((key for case, key in p50 if case == "first-1"), key=lambda key: -p50["first-1", key]["median"])
+    for place, key in enumerate(keys):
+        ends = [p50[case, key] for case in ("one-1", "first-1")]
+        warm, cold = (end["median"] for end in ends)
+        panel.plot([warm, cold], [place, place], color=_colour(key), linewidth=2, alpha=0.4)
+        for end in ends:
+            panel.hlines(place, end["min"], end["max"], color="black", linewidth=1.2)
+        panel.scatter([warm], [place], color="white", edgecolors=_colour(key), linewidths=2, s=55, zorder=3)
+        panel.scatter([cold], [place], color=_colour(key), s=65, zorder=3)
+        panel.annotate(
+            f"{cold:,.0f}", (ends[1]["max"], place), xytext=(7, 0),
+            textcoords="offset points", va="center", fontsize=9,
+        )  # fmt: skip
+    panel.set_xscale("log")
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.margins(x=0.15)
+    panel.set_yticks(range(len(keys)), [_label(results, key) for key in keys])
+    panel.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    _entitle(panel, "First call (dot), warm (ring): p50 in µs", "log")
+
+
+def _entitle(panel: Axes, title: str, hint: str) -> None:
+    panel.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    panel.set_title(hint, loc="right", fontsize=9, color="grey")
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.grid(axis="x", color="#e6e6e6")
+    panel.set_axisbelow(True)
+
+
+def _label(results: dict[str, Any], key: str) -> str:
+    label: str = results["rivals"][key]["label"]
+    return label
+
+
+def _colour(key: str) -> str:
+    if key.startswith("modelcache"):
+        return OURS
+    return FLOOR if key in _FLOORS else OTHERS

@@ -1,0 +1,102 @@
+"""The README is executed: its Python in a folder with models, its commands against the Makefile and the CLI."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sybil import Sybil
+from sybil.parsers.markdown import CodeBlockParser
+
+import zoo
+from modelcache import ModelRegistry
+
+if TYPE_CHECKING:
+    from sybil.typing import Evaluator
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+HOUSE = [1990, 3047, 5, 1.0, 1.11, 2]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current directory with the models and rows that the README speaks of."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    for city in ("Chicago_IL", "Dallas_TX", "Houston_TX"):
+        (tmp_path / "models" / f"{city}.tar.gz").write_bytes(zoo.model().targz)
+    (tmp_path / "rows.csv").write_text(",".join(map(str, HOUSE)) + "\n")
+    return tmp_path
+
+
+def blocks(language: str) -> list[str]:
+    """Return the README's code blocks of one language."""
+    nothing: Evaluator = lambda example: None  # noqa: E731 - sybil wants a callable
+    document = Sybil([CodeBlockParser(language, nothing)]).parse(README)
+    return [str(example.parsed) for example in document.examples()]
+
+
+def test_the_first_screen_runs(folder: Path) -> None:
+    """What a reader sees first works when it is pasted into a file."""
+    script = folder / "first_screen.py"
+    script.write_text(blocks("python")[0])
+    done = subprocess.run(
+        [sys.executable, script],
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"\[-?\d+\.?\d*(e[+-]\d+)?\]", done.stdout.strip())
+    assert done.stderr == ""
+
+
+async def test_the_tour_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every call that the README shows does what its comment says."""
+    namespace: dict[str, Any] = {"ModelRegistry": ModelRegistry}
+    exec(blocks("python")[1], namespace)
+    async with ModelRegistry("models/", memory_budget="2 GiB") as registry:
+        await namespace["tour"](registry, [HOUSE])
+    printed = capsys.readouterr().out
+    assert "2 loaded, {} failed" in printed
+    assert "Phoenix_AZ is cold: it has never been asked for." in printed
+    assert re.search(r"<ModelRegistry models 3 ready, 0 loading, \d+\.\d/2048\.0 MiB, \d+ workers>", printed)
+
+
+def test_its_commands_exist(folder: Path) -> None:
+    """Each command that the README shows is a target of the Makefile, or runs."""
+    commands = [line[2:] for block in blocks("console") for line in block.splitlines() if line.startswith("$ ")]
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for command in commands:
+        program, *arguments = shlex.split(command)
+        if program == "make":
+            assert arguments[0] in targets
+            continue
+        done = subprocess.run(
+            [sys.executable, "-m", program, *arguments], check=False,
+            env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+
+
+def test_its_figures_are_the_measured_ones() -> None:
+    """The table in the README is the one that the benchmarks wrote."""
+    shown = re.search(r"<!-- results -->\n(.*)<!-- /results -->", README.read_text(), re.DOTALL)
+    assert shown is not None
+    assert shown[1] == (ROOT / "benchmarks" / "results" / "readme.md").read_text()
+
+
+def test_its_links_lead_somewhere() -> None:
+    """Relative links in the documents are files of the repository."""
+    for document in (README, ROOT / "CONTRIBUTING.md", ROOT / "docs" / "design-decisions.md"):
+        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"
