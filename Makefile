@@ -22,6 +22,7 @@ test: $(VENV)/.test
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/latency.py
+	$(BIN)/python benchmarks/readme.py
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -87,7 +87,9 @@ def main() -> None:
     report.write_json(options.output / "latency.json", results)
     (options.output / "latency.md").write_text(_page(results, tables))
     plot_latency(results, options.output / "latency.png")
-    console.print(f"Written: latency.json, latency.md and latency.png in {options.output}")
+    if set(_README_RIVALS) <= set(options.rivals):
+        (options.output / "readme.md").write_text(_readme(results))
+    console.print(f"Written to {options.output}: latency.json, latency.md, latency.png, readme.md")
 
 
 def _options() -> argparse.Namespace:
@@ -291,6 +293,31 @@ def _process_table(results: dict[str, Any]) -> report.Table:
     ]  # fmt: skip
     columns = ("rival", "rows", "start s", "processes", "RSS MB", "PSS MB")
     return report.Table(f"Processes, with {len(NAMES)} models loaded", columns, rows, highlighted="modelcache")
+
+
+_README_RIVALS = ("modelcache", "to_thread", "process-pool", "direct")
+_README_CASES = (
+    ("one-1", "one row, 1 client: p50 µs", "p50"),
+    ("one-64", "64 clients: calls/s", "calls_per_second"),
+    ("thousand-4", "1,000 rows, 4 clients: calls/s", "calls_per_second"),
+    ("first-1", "first call: p50 µs", "p50"),
+)
+
+
+def _readme(results: dict[str, Any]) -> str:
+    """Return the few figures that the README shows."""
+    found = {(entry["case"], entry["rival"]): entry for entry in results["cases"]}
+    lines = [f"| | {' | '.join(title for _, title, _ in _README_CASES)} |", "|---" * (len(_README_CASES) + 1) + "|"]
+    for key in _README_RIVALS:
+        label = results["rivals"][key]["label"]
+        cells = [_short(found[case, key][figure]["median"]) for case, _, figure in _README_CASES]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    claims = "\n".join(f"* {_claim_line(claim)}" for claim in results["claims"])
+    notes = (
+        f"{report.describe(results)}\n\n{claims}\n* Every answer was compared with XGBoost's own, bit for bit. All "
+        "rivals, percentiles, spread, and the JSON: [benchmarks/results](benchmarks/results/latency.md).\n"
+    )
+    return "\n".join(lines) + "\n\n" + notes
 
 
 def _short(value: float) -> str:

@@ -1,7 +1,6 @@
 """Another kind of model: a linear one in pure NumPy, served by the same registry.
 
-The workers import this module to find ``LinearModel``. That is why what runs is under ``__main__``, and why modelcache
-is imported only there: a worker has no use for the registry.
+The workers import this module to find ``LinearModel``. That is why what runs is under ``__main__``.
 """
 
 import asyncio
@@ -10,6 +9,8 @@ from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
+
+from modelcache import MemoryStore, ModelRegistry
 
 Matrix = NDArray[np.float32]
 
@@ -28,9 +29,8 @@ class LinearModel:
 
     @classmethod
     def load(cls, data: memoryview, *, threads: int) -> Self:
-        # A JSON artifact is an object that has a "learner", as XGBoost's own do; the rest is up to the predictor.
         del threads  # one is enough
-        return cls(**json.loads(bytes(data))["learner"])
+        return cls(**json.loads(bytes(data)))
 
     def predict(self, rows: Matrix, output: str) -> Matrix:
         if output != "value":
@@ -49,11 +49,9 @@ async def serve(artifact: bytes) -> None:
 
 
 if __name__ == "__main__":
-    from modelcache import MemoryStore, ModelRegistry
     from modelcache.testing import check_predictor
 
-    learner = {"coefficients": {"km": 2.0, "minutes": 0.5}, "intercept": 4.0}
-    artifact = json.dumps({"learner": learner}).encode()
+    artifact = json.dumps({"coefficients": {"km": 2.0, "minutes": 0.5}, "intercept": 4.0}).encode()
     check_predictor(lambda: (LinearModel, artifact))
     print("LinearModel keeps the contract of a predictor")
     asyncio.run(serve(artifact))

@@ -47,7 +47,7 @@ def _resident(state: Residency, entry: Entry[Resident]) -> str:
     return (
         f"{entry.key} is resident: version {place.version}, {show_bytes(entry.size)} in worker {place.worker.pid}, "
         f"{held}. It loaded in {place.load_seconds * 1e3:.1f} ms ({place.downloading * 1e3:.1f} downloading, "
-        f"{place.facts.seconds * 1e3:.1f} loading), has had {entry.hits} hits, and was last used "
+        f"{place.loading * 1e3:.1f} loading), has had {entry.hits} hits, and was last used "
         f"{now - entry.last_used:.1f} s ago. {_budget(state)}"
     )
 

@@ -179,7 +179,7 @@ def _from_pandas(frame: Any) -> tuple[Values, Names]:
     if frame.ndim == 1:  # a Series: one row, named by its index
         return _from_series(frame, "rows"), _names(frame.index)
     if all(dtype.kind in _NUMBERS for dtype in frame.dtypes):  # all at once, several times faster
-        values = np.asarray(frame.to_numpy(dtype=_FLOAT32, na_value=np.nan), _FLOAT32, order="C")
+        values = np.array(frame.to_numpy(dtype=_FLOAT32, na_value=np.nan), _FLOAT32, order="C")  # it may be a view
     else:
         values = _stack(frame.columns, (column for _, column in frame.items()), _from_series)
     return values, _names(frame.columns)
@@ -188,7 +188,7 @@ def _from_pandas(frame: Any) -> tuple[Values, Names]:
 def _from_series(series: Any, where: str) -> Values:
     _refuse_categorical(series.dtype, where)
     if series.dtype.kind in _NUMBERS:
-        return np.asarray(series.to_numpy(dtype=_FLOAT32, na_value=np.nan), _FLOAT32)
+        return np.array(series.to_numpy(dtype=_FLOAT32, na_value=np.nan), _FLOAT32)
     return _from_array(series.to_numpy(), where)
 
 

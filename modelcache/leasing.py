@@ -34,7 +34,10 @@ class Leasing:
         if asyncio.get_running_loop() is not self._life.loop:
             return None  # not started, closed, or another loop: the cold path finds out which
         ledger = self._state.ledger
-        entry = ledger.table.get(name) or self.find(name)
+        try:
+            entry = ledger.table.get(name) or self.find(name)
+        except TypeError:
+            return None  # no text, and not even hashable: the cold path says so
         if entry is not None:
             ledger.lease(entry)
             ledger.hit(entry)
@@ -69,9 +72,11 @@ class Leasing:
 
     def find(self, name: str) -> Entry[Resident] | None:
         """Return the resident model that ``name`` means, also when it is listed with, or without, its suffix."""
+        if not isinstance(name, str):
+            return None
         table = self._state.ledger.table
         entry: Entry[Resident] | None = table.get(name)
-        if entry is not None or not isinstance(name, str):
+        if entry is not None:
             return entry
         stem, suffix = split_suffix(name)
         if not suffix:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -108,7 +107,8 @@ class Loader:
         self._timeout = timeout
         self.tasks: set[asyncio.Task[None]] = set()
         """All that fly, or have landed and still have to let go of their artifact."""
-        self._crashes: Counter[tuple[str, str]] = Counter()
+        self._crashes: dict[tuple[str, str], float] = {}
+        """By name and version, how many workers it has crashed; a crash over one of several counts for each in part."""
 
     def start(self, flight: Flight) -> None:
         """Fly ``flight`` in a task of its own."""
@@ -116,14 +116,23 @@ class Loader:
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
-    def suspect(self, entry: Entry[Resident]) -> None:
-        """A worker has crashed while it may have predicted with this model."""
-        self._crashes[entry.key, entry.value.version] += 1
+    def suspect(self, worker: Worker) -> None:
+        """A worker has crashed, over one of the models it may have predicted with or the artifact it was parsing."""
+        waited_for = [worker.held[number] for number in worker.requests.models_waiting() & worker.held.keys()]
+        parsing = worker.process.artifacts.parsing()
+        share = 1 / max(1, len(waited_for) + (parsing is not None))
+        for entry in waited_for:
+            self._blame(entry.key, entry.value.version, share)
+        if parsing is not None:
+            parsing.blame = share
 
     def acquit(self, entry: Entry[Resident]) -> None:
         """The model has answered: if a worker crashed before, it was over another."""
         if self._crashes:
             self._crashes.pop((entry.key, entry.value.version), None)
+
+    def _blame(self, key: str, version: str, share: float) -> None:
+        self._crashes[key, version] = self._crashes.get((key, version), 0.0) + share
 
     async def _fly(self, flight: Flight) -> None:
         try:
@@ -200,7 +209,7 @@ class Loader:
         if not isinstance(artifact, Artifact):
             raise StoreError(f"The store answered a fetch without if_version with {artifact!r}.", model=flight.key)
         try:
-            if self._crashes[flight.key, artifact.version] > _CRASHES_FORGIVEN:
+            if self._crashes.get((flight.key, artifact.version), 0.0) > _CRASHES_FORGIVEN:
                 raise _quarantined(flight.key)
             yield _Attempt(flight, artifact, needed, started)
         finally:
@@ -323,6 +332,7 @@ class Loader:
             await self._satisfy(attempt)
             if loading.decided:
                 return
+        attempt.downloading = time.perf_counter() - attempt.started - attempt.queued
         if artifact.size is not None and attempt.received != artifact.size:
             raise StoreUnavailableError(
                 f"The store delivered {attempt.received:,} of the {artifact.size:,} bytes it announced.",
@@ -358,7 +368,7 @@ class Loader:
         assert attempt.worker and attempt.loading and attempt.claim
         place = Resident(
             attempt.worker, attempt.loading.model, artifact.version, attempt.received, artifact.suffix,
-            facts, attempt.downloading,
+            facts, attempt.downloading, time.perf_counter() - attempt.started - attempt.queued - attempt.downloading,
         )  # fmt: skip
         waiters = state.flights.land(flight)
         entry = Entry(flight.key, place, size=facts.size, cost=state.cost_of(flight.key, place.load_seconds))
@@ -389,10 +399,9 @@ class Loader:
             state.retire(state.ledger.give_back(claim))
 
     def _look_for_a_culprit(self, attempt: _Attempt, error: BaseException) -> None:
-        """A worker that crashed while it parsed an artifact crashed over that artifact."""
-        crashed = isinstance(error, WorkerLostError) and error.epitaph.crashed
-        if crashed and attempt.loading is not None and attempt.loading.parsing:
-            self._crashes[attempt.flight.key, attempt.artifact.version] += 1
+        """A worker that crashed while it parsed an artifact may have crashed over that artifact."""
+        if isinstance(error, WorkerLostError) and attempt.loading is not None and attempt.loading.blame:
+            self._blame(attempt.flight.key, attempt.artifact.version, attempt.loading.blame)
 
     def _timed_out(self, flight: Flight) -> ModelCacheError:
         if flight.phase is Phase.LOADING:

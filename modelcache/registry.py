@@ -220,7 +220,7 @@ class ModelRegistry:
         predictions = await self._answer(name, rows, output, timeout, trace)
         place, waited, ended = trace.entry.value, trace.waited, time.perf_counter()
         cold = waited is not None
-        downloading, loading = (place.downloading, place.facts.seconds) if cold else (0.0, 0.0)
+        downloading, loading = (place.downloading, place.loading) if cold else (0.0, 0.0)
         return Invocation(
             predictions,
             self._state.info(trace.entry),
@@ -378,7 +378,7 @@ class ModelRegistry:
     def unpin(self, name: str) -> None:
         """Let ``name`` be evicted again; harmless when it is not pinned."""
         entry = self._leasing.find(name)
-        self._state.pinned.discard(entry.key if entry is not None else name)
+        self._state.pinned.discard(entry.key if entry is not None else check_name(name))
         if entry is not None:
             self._state.retire(self._state.ledger.unpin(entry))
 
@@ -434,8 +434,7 @@ class ModelRegistry:
 
     def _worker_lost(self, worker: Worker, epitaph: Epitaph) -> None:
         if epitaph.crashed:
-            for number in worker.requests.models_waiting() & worker.held.keys():
-                self._loader.suspect(worker.held[number])
+            self._loader.suspect(worker)
         lost = self._state.lose(worker)
         if not self._life.closed:
             self._state.emit(WorkerDied(epitaph.pid, epitaph.signal, epitaph.exit_code, lost))

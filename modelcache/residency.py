@@ -64,7 +64,9 @@ class Resident(Place):
     suffix: str
     facts: LoadedFacts
     downloading: float
-    """Seconds."""
+    """Seconds from asking the store to its last byte."""
+    loading: float
+    """Seconds from then until the model could be used."""
     row_seconds: dict[int, float] = field(default_factory=dict)
     """Seconds a row takes in a large call, as last measured, by what was asked for: contributions cost a thousand
     times what values do."""
@@ -73,7 +75,7 @@ class Resident(Place):
     @property
     def load_seconds(self) -> float:
         """Downloading and loading, without queues."""
-        return self.downloading + self.facts.seconds
+        return self.downloading + self.loading
 
 
 class Residency:
@@ -102,7 +104,7 @@ class Residency:
         """A model has become resident."""
         place = entry.value
         place.worker.held[place.number] = entry
-        self.counters.loaded(place.downloading, place.facts.seconds, len(self.ledger.table))
+        self.counters.loaded(place.downloading, place.loading, len(self.ledger.table))
         self.history.loaded(entry.key, place.load_seconds)
         self.emit(ModelLoaded(self.info(entry)))
 

@@ -65,7 +65,8 @@ def model(kind: str = "regression", trees: int = 5, seed: int = 0, *, names: boo
     extra: dict[str, Any] = {}
     if kind == "stopped":
         extra = {"evals": [(xgb.DMatrix(features[:50], random.normal(size=50)), "v")], "early_stopping_rounds": 3}
-    booster = xgb.train({"nthread": 1, "max_depth": 4, **options}, matrix, trees, verbose_eval=False, **extra)
+    depth = {} if kind == "linear" else {"max_depth": 4}
+    booster = xgb.train({"nthread": 1, **depth, **options}, matrix, trees, verbose_eval=False, **extra)
     return Model(booster, bytes(booster.save_raw("ubj")), bytes(booster.save_raw("json")))
 
 

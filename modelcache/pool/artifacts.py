@@ -64,6 +64,8 @@ class Loading:
         self.needed = 0
         """Unpacked bytes that the worker asks a larger reservation for; 0 when it asks for none."""
         self.parsing = False
+        self.blame = 0.0
+        """Its share in a crash of the worker, set when there has been one."""
         self.result: LoadedFacts | None = None
         self.error: Exception | None = None
         self._news = asyncio.Event()

@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar
 
 from anyio import to_thread
 
@@ -34,18 +34,41 @@ _LAST_WORDS_TIMEOUT = 1.0
 C = TypeVar("C", bound=Channel)
 
 
-class Process(asyncio.SubprocessProtocol):
+class _Listener(asyncio.SubprocessProtocol):
+    """Hears what a process writes to standard error, and that it has ended.
+
+    It knows nothing of the lanes: the thread in which asyncio waits for the process keeps it alive, and would keep a
+    registry alive that nobody has closed.
+    """
+
+    def __init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.ended: asyncio.Future[None] = loop.create_future()
+        self.said_all: asyncio.Future[None] = loop.create_future()
+        self.stderr = b""
+
+    def pipe_data_received(self, fd: int, data: bytes) -> None:  # noqa: ARG002 - the loop's signature
+        """Keep the end of what it says; all of it is read, or a talkative worker would block on a full pipe."""
+        self.stderr = (self.stderr + data)[-_BYTES_KEPT:]
+
+    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:  # noqa: ARG002 - the loop's signature
+        """Note that it has said all."""
+        self.said_all.set_result(None)
+
+    def process_exited(self) -> None:
+        """Note that it has ended."""
+        self.ended.set_result(None)
+
+
+class Process:
     """A worker process with its two lanes."""
 
     requests: RequestChannel
     artifacts: ArtifactChannel
 
-    def __init__(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._ended: asyncio.Future[None] = loop.create_future()
-        self._said_all: asyncio.Future[None] = loop.create_future()
-        self._stderr = b""
-        self._transport: asyncio.SubprocessTransport
+    def __init__(self, transport: asyncio.SubprocessTransport, listener: _Listener) -> None:
+        self._transport = transport
+        self._listener = listener
 
     @property
     def pid(self) -> int:
@@ -60,7 +83,7 @@ class Process(asyncio.SubprocessProtocol):
     @property
     def last_words(self) -> str:
         """The end of what the worker wrote to standard error."""
-        return self._stderr.decode(errors="replace").strip()
+        return self._listener.stderr.decode(errors="replace").strip()
 
     def cpu_seconds(self) -> float:
         """CPU time it has used so far; 0.0 where the platform does not say."""
@@ -80,31 +103,13 @@ class Process(asyncio.SubprocessProtocol):
 
     async def wait(self, timeout: float | None = None) -> bool:
         """Wait until it has ended and its last words are read; False if it has not after ``timeout`` seconds."""
-        await asyncio.wait((self._ended,), timeout=timeout)
-        if not self._ended.done():
+        await asyncio.wait((self._listener.ended,), timeout=timeout)
+        if not self._listener.ended.done():
             return False
         # A process that a predictor has started may hold the pipe open for as long as it likes.
-        await asyncio.wait((self._said_all,), timeout=_LAST_WORDS_TIMEOUT)
+        await asyncio.wait((self._listener.said_all,), timeout=_LAST_WORDS_TIMEOUT)
         self._transport.close()
         return True
-
-    # Called by the loop
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Start."""
-        self._transport = cast("asyncio.SubprocessTransport", transport)
-
-    def pipe_data_received(self, fd: int, data: bytes) -> None:  # noqa: ARG002 - the loop's signature
-        """Keep the end of what it says; all of it is read, or a talkative worker would block on a full pipe."""
-        self._stderr = (self._stderr + data)[-_BYTES_KEPT:]
-
-    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:  # noqa: ARG002 - the loop's signature
-        """Note that it has said all."""
-        self._said_all.set_result(None)
-
-    def process_exited(self) -> None:
-        """Note that it has ended."""
-        self._ended.set_result(None)
 
 
 async def start_process(
@@ -134,8 +139,8 @@ async def start_process(
 
 
 async def _spawn(descriptors: tuple[int, int], threads: int, predictor: str) -> Process:
-    _, process = await asyncio.get_running_loop().subprocess_exec(
-        Process,
+    transport, listener = await asyncio.get_running_loop().subprocess_exec(
+        _Listener,
         sys.executable,
         "-P",  # the worker's own folder must not shadow other modules
         str(_WORKER),
@@ -149,7 +154,7 @@ async def _spawn(descriptors: tuple[int, int], threads: int, predictor: str) -> 
         stderr=asyncio.subprocess.PIPE,
         start_new_session=True,  # Ctrl-C in a terminal reaches the parent alone
     )
-    return process
+    return Process(transport, listener)
 
 
 def _environment(threads: int) -> dict[str, str]:

@@ -26,7 +26,7 @@ Every header starts with the payload's length, then the kind of the frame:
     STARTED  model               the parser begins: if the worker dies now, this artifact did it
     LOADED   model, bytes        measured heap; payload: JSON with what the model says of itself
     FAILED   model               payload: JSON with kind and message
-    UNLOADED model, bytes        measured heap that was freed
+    UNLOADED model               its bytes are free
     HEAP     model, bytes        answers MEASURE: bytes in use
 
 Deadlines are seconds of CLOCK_MONOTONIC, which all processes of a host share; 0.0 means none. No frame carries

@@ -50,7 +50,7 @@ class LocalStore:
         version = _version(found)
         if version == if_version:
             return NotModified(version)
-        return Artifact(version=version, size=found.st_size, suffix=suffix, chunks=_chunks(path, version, name))
+        return Artifact(version=version, size=found.st_size, suffix=suffix, chunks=_chunks(path, found, name))
 
     async def names(self, prefix: str = "") -> AsyncIterator[str]:
         """Yield the names of all artifacts below ``root``, without suffixes, sorted, each name once."""
@@ -101,6 +101,8 @@ class LocalStore:
         return ModelNotFoundError(f"There is no model {name!r} in {self.root} (looked for {tried}).", model=name)
 
     def _list(self) -> Iterator[str]:
+        if not self.root.is_dir():
+            raise StoreError(f"The folder {self.root} does not exist.")
         for folder, _, files in os.walk(self.root, onerror=_raise_store_error):
             for file in files:
                 stem, suffix = split_suffix(file)
@@ -108,12 +110,14 @@ class LocalStore:
                     yield Path(folder, stem).relative_to(self.root).as_posix()
 
 
-async def _chunks(path: Path, version: str, name: str) -> AsyncIterator[bytes]:
+async def _chunks(path: Path, found: os.stat_result, name: str) -> AsyncIterator[bytes]:
     """Read the file that was found: the one opened must be that, and still be it at the end."""
+    version, left = _version(found), found.st_size
     try:
         async with aiofiles.open(path, "rb") as file:
             await _check_version(file, version, name)
-            while chunk := await file.read(_CHUNK):
+            while left and (chunk := await file.read(_CHUNK)):
+                left -= len(chunk)
                 yield chunk
             await _check_version(file, version, name)
     except OSError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
-from modelcache.errors import ModelNotFoundError
+from modelcache.errors import InvalidModelNameError, ModelNotFoundError
 from modelcache.names import SUFFIXES, check_name, split_suffix
 from modelcache.stores.base import Artifact, NotModified
 
@@ -28,7 +28,11 @@ class MemoryStore:
 
     def put(self, name: str, data: bytes) -> None:
         """Add or replace an artifact; ``name`` has its suffix."""
-        self._artifacts[check_name(name)] = bytes(data)
+        if not split_suffix(check_name(name))[1]:
+            raise InvalidModelNameError(
+                f"{name!r} would never be found. Add its suffix: {', '.join(SUFFIXES)}.", model=name
+            )
+        self._artifacts[name] = bytes(data)
 
     def remove(self, name: str) -> None:
         """Remove an artifact; KeyError if there is none."""

@@ -84,6 +84,8 @@ async def _check_missing(store: ArtifactStore) -> None:
             found = await store.fetch(name)
         except ModelNotFoundError:
             continue
+        except Exception as error:
+            raise AssertionError(f"a fetch of {name!r} has to raise ModelNotFoundError, not {error!r}") from error
         raise AssertionError(f"a fetch of {name!r} has to raise ModelNotFoundError, not return {found!r}")
 
 

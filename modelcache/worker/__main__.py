@@ -8,14 +8,27 @@ decide about.
 from __future__ import annotations
 
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
 
 if __name__ == "__main__" and "modelcache" not in sys.modules:
     # The package's __init__ imports asyncio and the stores, which a worker never needs: an empty package in its
-    # place lets the modules below it be imported by themselves.
-    _package = ModuleType("modelcache")
-    _package.__path__ = [str(Path(__file__).resolve().parent.parent)]
+    # place lets the modules below it be imported by themselves. It becomes the real one if a predictor's module asks
+    # for one of the package's names.
+    _folder = Path(__file__).resolve().parent.parent
+    _spec = spec_from_file_location("modelcache", _folder / "__init__.py", submodule_search_locations=[str(_folder)])
+    assert _spec is not None
+    _package = module_from_spec(_spec)
+
+    def _become_real(name: str) -> object:
+        if name.startswith("__") or "__getattr__" not in vars(_package):
+            raise AttributeError(name)
+        del vars(_package)["__getattr__"]
+        assert _spec is not None and _spec.loader is not None
+        _spec.loader.exec_module(_package)
+        return getattr(_package, name)
+
+    vars(_package)["__getattr__"] = _become_real
     sys.modules["modelcache"] = _package
 
 import faulthandler

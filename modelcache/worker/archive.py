@@ -42,9 +42,9 @@ _LISTED = 16  # members that fit a message
 class Gunzip:
     """Expands gzip, a bounded piece at a time, into the tar that must be inside."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, *, any_format: bool = False) -> None:
         self._max_ratio = limits.max_ratio
-        self._tar = Tar(limits, "tar.gz")
+        self._tar = Tar(limits, "tar.gz", any_format=any_format)
         self._inflater = zlib.decompressobj(wbits=31)
         self._read = 0
         self._made = 0
@@ -143,8 +143,9 @@ class Tar:
     (pax, GNU long name) describes the member that comes next. After a block of zeros only zeros may come.
     """
 
-    def __init__(self, limits: Limits, container: Container) -> None:
+    def __init__(self, limits: Limits, container: Container, *, any_format: bool = False) -> None:
         self._limits = limits
+        self._any_format = any_format
         self._container = container
         self._total = 0
         self._ended = False
@@ -187,7 +188,8 @@ class Tar:
         if self._chosen is None:
             raise self._no_choice()
         path, _, data = self._chosen
-        return Unpacked(data, model_format(data, _named_member(path)), self._container, path)
+        found = "other" if self._any_format else model_format(data, _named_member(path))
+        return Unpacked(data, found, self._container, path)
 
     # Taking bytes: each returns how many it used.
 
@@ -309,7 +311,7 @@ class Tar:
         if exact and self._found:
             message = f"the tar has two members {MODEL_MEMBER!r}; pack only the one that is meant"
             raise ArtifactError("unsupported", message)
-        if not exact and (self._found or not _looks_like_model(path)):
+        if not exact and (self._found or not (self._any_format or _looks_like_model(path))):
             return None
         self._found = exact
         self._rivals += not exact
@@ -319,7 +321,7 @@ class Tar:
 
     def _look_at_model(self) -> None:
         """Refuse what xgboost-model cannot be at its first block, not after the last."""
-        if self._chosen is None or not self._found or self._into is not self._chosen.data:
+        if self._any_format or self._chosen is None or not self._found or self._into is not self._chosen.data:
             return
         start = bytes(self._into[:BLOCK])
         if len(start) == BLOCK and not start.startswith(b"{"):

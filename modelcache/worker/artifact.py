@@ -33,12 +33,16 @@ _DEFAULT_LIMITS = Limits()
 class ArtifactReader:
     """Takes an artifact chunk by chunk, and gives back the one model in it.
 
+    With ``any_format`` what is not an archive is passed on as it is, and so is an archive's one file: another predictor
+    than the one for XGBoost knows its own format.
+
     An error is raised as soon as the bytes so far allow it; after one the reader is of no further use. How
     the bytes are cut into chunks changes when an error is raised, never which one, nor the result.
     """
 
-    def __init__(self, *, limits: Limits = _DEFAULT_LIMITS) -> None:
+    def __init__(self, *, limits: Limits = _DEFAULT_LIMITS, any_format: bool = False) -> None:
         self._limits = limits
+        self._any_format = any_format
         self._head = bytearray()
         self._stage: _Stage | None = None
 
@@ -64,7 +68,7 @@ class ArtifactReader:
 
     def _opened(self) -> _Stage:
         if self._stage is None:
-            self._stage = _stage_for(bytes(self._head), self._limits)
+            self._stage = _stage_for(bytes(self._head), self._limits, any_format=self._any_format)
             self._stage.feed(memoryview(self._head))
         return self._stage
 
@@ -78,14 +82,14 @@ class _Stage(Protocol):
     def end(self) -> Unpacked: ...
 
 
-def _stage_for(head: bytes, limits: Limits) -> _Stage:
+def _stage_for(head: bytes, limits: Limits, *, any_format: bool) -> _Stage:
     if head.startswith(GZIP):
-        return Gunzip(limits)
+        return Gunzip(limits, any_format=any_format)
     # A checksum that holds is the stronger sign: a tar's first member may have a name that starts with '{'.
     if checksum_holds(head):
-        return Tar(limits, "tar")
-    if head.startswith(b"{"):
-        return _Raw(limits)
+        return Tar(limits, "tar", any_format=any_format)
+    if head.startswith(b"{") or (any_format and head):
+        return _Raw(limits, any_format=any_format)
     if has_tar_magic(head):
         return Tar(limits, "tar")  # which will say what is wrong with it
     raise refusal(head, "the artifact")
@@ -94,8 +98,9 @@ def _stage_for(head: bytes, limits: Limits) -> _Stage:
 class _Raw:
     """The artifact is the model."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, *, any_format: bool) -> None:
         self._limits = limits
+        self._any_format = any_format
         self._data = bytearray()
 
     @property
@@ -108,4 +113,5 @@ class _Raw:
         self._data += piece
 
     def end(self) -> Unpacked:
-        return Unpacked(self._data, model_format(self._data, "the artifact"), "raw", None)
+        found = "other" if self._any_format else model_format(self._data, "the artifact")
+        return Unpacked(self._data, found, "raw", None)

@@ -10,7 +10,7 @@ import re
 from typing import Literal, NamedTuple
 
 Kind = Literal["corrupt", "unsupported", "unsafe"]
-Format = Literal["ubj", "json"]
+Format = Literal["ubj", "json", "other"]
 Container = Literal["raw", "tar", "tar.gz"]
 
 BLOCK = 512

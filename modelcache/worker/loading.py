@@ -13,11 +13,12 @@ from os import sched_yield
 from pathlib import Path
 from threading import Thread
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from modelcache.pool import wire
 from modelcache.worker.artifact import ArtifactError, ArtifactReader
 from modelcache.worker.models import LoadedModel
+from modelcache.worker.predictors import XGBoostPredictor
 
 if TYPE_CHECKING:
     import socket
@@ -28,8 +29,11 @@ if TYPE_CHECKING:
     from modelcache.worker.models import Models
     from modelcache.worker.predictors import Predictor
 
-_TRIM_AFTER = 256 << 10
-"""Freed bytes that may stay with the allocator: returning them costs up to milliseconds, so not for each model."""
+T = TypeVar("T")
+
+_TRIM_AFTER, _TRIM_SHARE = 256 << 10, 1 / 16
+"""Freed bytes that may stay with the allocator, and their share of the models' bytes: returning them walks through the
+whole heap and takes up to milliseconds, so it is not done for each model."""
 
 _LEAST_PLAUSIBLE, _MOST_PLAUSIBLE = 0.5, 4.0
 """Heap per unpacked byte of the models seen lies between 0.98 and 1.63."""
@@ -44,8 +48,8 @@ _ESTIMATED_HEAP = 1.65
 class _Arriving:
     """An artifact of which not all has come yet, or which waits for its reservation to grow."""
 
-    def __init__(self, allowed: int) -> None:
-        self.reader = ArtifactReader()
+    def __init__(self, allowed: int, *, any_format: bool) -> None:
+        self.reader = ArtifactReader(any_format=any_format)
         self.allowed = allowed
         self.asked = 0
         self.complete = False
@@ -72,6 +76,7 @@ class ArtifactLane:
         self._threads = threads
         self._predictor: type[Predictor]
         self._arriving: dict[int, _Arriving] = {}
+        self._held = 0
         self._freed = 0
 
     def run(self, find_predictor: Callable[[], type[Predictor]]) -> None:
@@ -90,13 +95,15 @@ class ArtifactLane:
 
     def _warm_up(self) -> None:
         """Pay the library's one-time costs now: the first model would be charged for them, in time and bytes."""
-        warm_up = getattr(self._predictor, "warm_up", None)
-        if warm_up is not None:
-            warm_up()
+        sample = getattr(self._predictor, "sample", None)
+        if sample is not None:
+            data: bytes = _run_in_thread_of_its_own(sample)
+            loaded = LoadedModel(self._predictor.load(memoryview(data), threads=self._threads))
+            _run_in_thread_of_its_own(loaded.free)
 
     def _take(self, kind: int, model: int, number: int, payload: bytes) -> None:
         if kind == wire.BEGIN:
-            self._arriving[model] = _Arriving(number)
+            self._arriving[model] = _Arriving(number, any_format=self._predictor is not XGBoostPredictor)
         elif kind == wire.UNLOAD:
             self._unload(model)
         elif kind == wire.MEASURE:
@@ -131,19 +138,19 @@ class ArtifactLane:
         seconds = perf_counter() - started
         size = _plausible(self._heap.in_use() - before, len(unpacked.data))
         del self._arriving[model]
-        self._models[model] = LoadedModel(predictor)
+        self._models[model] = LoadedModel(predictor, size)
+        self._held += size
         self._send(wire.LOADED, model, size, _facts(predictor, unpacked, seconds))
         self._give_back(len(unpacked.data))
 
     def _unload(self, model: int) -> None:
-        before = self._heap.in_use()
         self._arriving.pop(model, None)
         loaded = self._models.pop(model, None)
         if loaded is not None:
             _run_in_thread_of_its_own(loaded.free)
-        freed = max(0, before - self._heap.in_use())
-        self._give_back(freed)
-        self._send(wire.UNLOADED, model, freed)
+            self._held -= loaded.size
+            self._give_back(loaded.size)
+        self._send(wire.UNLOADED, model)
 
     def _fail(self, model: int, kind: str, error: Exception) -> None:
         del self._arriving[model]
@@ -151,7 +158,7 @@ class ArtifactLane:
 
     def _give_back(self, freed: int) -> None:
         self._freed += freed
-        if self._freed >= _TRIM_AFTER:
+        if self._freed >= max(_TRIM_AFTER, self._held * _TRIM_SHARE):
             self._heap.trim()
             self._freed = 0
 
@@ -160,19 +167,31 @@ class ArtifactLane:
         self._sock.sendall(wire.ARTIFACT.pack(len(payload), kind, 0, 0, model, number) + payload)
 
 
-def _run_in_thread_of_its_own(free: Callable[[], None]) -> None:
-    """Run ``free`` so that what it frees is free in the allocator's books too.
+def _run_in_thread_of_its_own(task: Callable[[], T]) -> T:
+    """Run ``task`` so that what it frees is free in the allocator's books too.
 
     glibc keeps some of the chunks that a thread frees in a cache of that thread, where they count as in use, and the
     next load takes them from there unseen: a small model then seems to take half of what it does. The cache is given
     back when the thread has ended, which is a moment after Python has left it.
     """
-    thread = Thread(target=free)
+    results: list[T] = []
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            results.append(task())
+        except Exception as error:  # noqa: BLE001 - raised again where it was asked for
+            errors.append(error)
+
+    thread = Thread(target=run)
     thread.start()
-    task = Path("/proc/self/task", str(thread.native_id))
+    entry = Path("/proc/self/task", str(thread.native_id))
     thread.join()
-    while task.exists():
+    while entry.exists():
         sched_yield()
+    for error in errors:
+        raise error
+    return results[0]
 
 
 def _plausible(measured: int, unpacked: int) -> int:

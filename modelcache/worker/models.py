@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 class LoadedModel:
     """A model that the main thread predicts with and the loader thread may free between two predictions."""
 
-    def __init__(self, predictor: Predictor) -> None:
+    def __init__(self, predictor: Predictor, size: int = 0) -> None:
+        self.size = size
+        """Heap it takes."""
         self.row_seconds: dict[int, float] = {}
         """What a row cost in the last prediction of each output."""
         self._predictor: Predictor | None = predictor

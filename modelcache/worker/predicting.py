@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from modelcache.worker.models import LoadedModel, Models
     from modelcache.worker.predictors import Matrix
 
-_ANSWERS_HELD = 0.001
+_ANSWERS_HELD = 0.0001
 """Seconds of finished answers that may wait for the rest of the backlog before they are sent."""
 
 _BATCH_SECONDS = 0.05

@@ -79,6 +79,9 @@ class XGBoostPredictor:
         self._shape = ctypes.POINTER(ctypes.c_uint64)()
         self._dimensions = ctypes.c_uint64()
         self._result = ctypes.c_void_p()
+        # Made once: without one, each call makes its own, and reads the CPU quota from the file system as it does so.
+        self._proxy = ctypes.c_void_p()
+        _check(_library().XGProxyDMatrixCreate(ctypes.byref(self._proxy)))
         self._into = tuple(map(ctypes.byref, (self._shape, self._dimensions, self._result)))
 
     @classmethod
@@ -92,32 +95,35 @@ class XGBoostPredictor:
         return self
 
     @classmethod
-    def warm_up(cls) -> None:
-        """Train, load and try a model of one tree: the library sets itself up in its first use of each."""
+    def sample(cls) -> bytes:
+        """Return a small model to be loaded before any other: the library sets itself up in its first use."""
         library, matrix, size, model = _library(), ctypes.c_void_p(), ctypes.c_uint64(), ctypes.c_void_p()
-        rows = np.ones((1, 1), np.float32)
+        rows = np.arange(64, dtype=np.float32).reshape(-1, 1)
         _check(library.XGDMatrixCreateFromDense(interface_of(rows), b'{"missing":NaN}', ctypes.byref(matrix)))
         _check(library.XGDMatrixSetInfoFromInterface(matrix, b"label", interface_of(rows)))
         handle = _new_booster(1, matrix)
-        _check(library.XGBoosterUpdateOneIter(handle, 0, matrix))
+        for round_ in range(_WARM_UP_ROUNDS):
+            _check(library.XGBoosterUpdateOneIter(handle, round_, matrix))
         into = ctypes.byref(size), ctypes.byref(model)
         _check(library.XGBoosterSaveModelToBuffer(handle, b'{"format":"ubj"}', *into))
-        cls.load(memoryview(ctypes.string_at(model, size.value)), threads=1)
+        data = ctypes.string_at(model, size.value)
         library.XGBoosterFree(handle)
         library.XGDMatrixFree(matrix)
+        return data
 
     def predict(self, rows: Matrix, output: str) -> Matrix:
         """Return what ``Booster.predict`` returns, bit for bit."""
         if self._dense and output in self._dense:
             staged = getattr(rows, "interface", None) or interface_of(rows)
             config = self._dense[output]
-            _check(self._predict_dense(self._handle, staged, config, None, *self._into))
+            _check(self._predict_dense(self._handle, staged, config, self._proxy, *self._into))
         else:
             self._predict_from_dmatrix(rows, output)
         shape = self._shape[: self._dimensions.value]
         return np.frombuffer(ctypes.string_at(self._result, 4 * int(np.prod(shape))), np.float32).reshape(shape)
 
     def __del__(self) -> None:
+        _library().XGDMatrixFree(self._proxy)
         _library().XGBoosterFree(self._handle)
 
     def _read_facts(self) -> None:
@@ -152,6 +158,8 @@ class XGBoostPredictor:
         finally:
             library.XGDMatrixFree(matrix)
 
+
+_WARM_UP_ROUNDS = 20
 
 _PREDICTION_TYPES = {"value": 0, "margin": 1, "contribs": 2, "leaf": 6}
 
@@ -240,6 +248,7 @@ def _open_library() -> ctypes.CDLL:
     library.XGBoosterPredictFromDMatrix.argtypes = [pointer, pointer, text, pointer, pointer, pointer]
     library.XGDMatrixCreateFromDense.argtypes = [text, text, pointer]
     library.XGDMatrixFree.argtypes = [pointer]
+    library.XGProxyDMatrixCreate.argtypes = [pointer]
     library.XGBoosterGetNumFeature.argtypes = [pointer, pointer]
     library.XGBoosterBoostedRounds.argtypes = [pointer, pointer]
     library.XGBoosterSaveJsonConfig.argtypes = [pointer, pointer, pointer]

@@ -205,9 +205,11 @@ class ResidencyMachine(RuleBasedStateMachine):
         """Take a step of the ledger, check what it decided, and pass its orders on to the workers."""
         had_policy = self.ledger.policy is not None
         retired = operation()
-        self.check_victims([entry for entry in retired if entry.cause == "budget" and entry.last_used])
-        if not had_policy:
-            self.check_lru_order([entry for entry in retired if entry.cause == "budget" and entry.last_used])
+        # A load that was abandoned was never in the table, and so never used.
+        victims = [entry for entry in retired if entry.cause == "budget" and entry.last_used]
+        self.check_victims(victims)
+        if victims and not had_policy:
+            self.check_lru_order(victims)
         self.check_order_of_grants()
         for entry in retired:
             assert entry.state is State.UNLOADING
@@ -233,7 +235,7 @@ class ResidencyMachine(RuleBasedStateMachine):
     def check_lru_order(self, victims: Entries) -> None:
         """Rule L7: without a policy the least recently used go first."""
         idle = [entry for entry in self.ledger.table.values() if not entry.pins]
-        assert max((victim.last_used for victim in victims), default=0) < min((e.last_used for e in idle), default=1e9)
+        assert all(victim.last_used < entry.last_used for victim in victims for entry in idle)
 
     def check_order_of_grants(self) -> None:
         """Rule L2: first come, first served; who waits for leases is passed, by claims that fit, a few times."""
@@ -743,6 +745,8 @@ class ResidencyMachine(RuleBasedStateMachine):
             "a waiter was left behind"
         )
         ledger = self.ledger
+        growths = [claim.grows is not None for claim in ledger.queue]
+        assert growths == sorted(growths, reverse=True), "L6: who holds bytes comes first"
         head = ledger.queue[0] if ledger.queue else None
         if head is None or head.waiter.done():
             return
@@ -842,6 +846,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.leases_are_handed_over_once()
         self.pins_hold()
         self.nobody_waits_in_vain()
+        self.honest_policies_stay()
 
 
 TestResidency = ResidencyMachine.TestCase

@@ -1,0 +1,223 @@
+"""LocalStore: a folder of artifacts."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from anyio import to_thread
+
+import oracle
+from modelcache import (
+    Artifact,
+    ArtifactStore,
+    LocalStore,
+    ModelNotFoundError,
+    NotModified,
+    StoreAccessDeniedError,
+    StoreError,
+    StoreUnavailableError,
+    open_store,
+)
+from modelcache.testing import check_store
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+async def read(artifact: Artifact | NotModified) -> bytes:
+    assert isinstance(artifact, Artifact)
+    return b"".join([chunk async for chunk in artifact.chunks])
+
+
+async def test_it_keeps_the_contract(tmp_path: Path) -> None:
+    """The suite that every store has to pass."""
+
+    def write(artifacts: Mapping[str, bytes]) -> None:
+        for name, data in artifacts.items():
+            file = tmp_path / name
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(data)
+
+    async def make(artifacts: Mapping[str, bytes]) -> ArtifactStore:
+        await to_thread.run_sync(write, artifacts)
+        return LocalStore(tmp_path)
+
+    await check_store(make)
+
+
+async def test_a_new_file_is_served_at_once(tmp_path: Path) -> None:
+    """Nothing is listed beforehand: a file is there as soon as it is there, and gone when it is gone."""
+    store = LocalStore(tmp_path)
+    with pytest.raises(ModelNotFoundError, match=r"looked for a\.tar\.gz, a\.ubj, a\.json"):
+        await store.fetch("a")
+    (tmp_path / "a.json").write_bytes(b"one")
+    assert await read(await store.fetch("a")) == b"one"
+    (tmp_path / "a.tar.gz").write_bytes(b"two")
+    (tmp_path / "a.json").unlink()
+    assert await read(await store.fetch("a")) == b"two", "although .json answered last"
+
+
+async def test_a_replaced_file_is_another_version(tmp_path: Path) -> None:
+    """A rename over it, and a write into it, change the version."""
+    store = LocalStore(tmp_path)
+    (tmp_path / "a.ubj").write_bytes(b"one")
+    first = await store.fetch("a")
+    assert isinstance(await store.fetch("a", if_version=first.version), NotModified)
+    (tmp_path / "new").write_bytes(b"two")
+    (tmp_path / "new").rename(tmp_path / "a.ubj")
+    second = await store.fetch("a", if_version=first.version)
+    assert await read(second) == b"two"
+    (tmp_path / "a.ubj").write_bytes(b"three")
+    third = await store.fetch("a", if_version=second.version)
+    assert await read(third) == b"three"
+    assert len({first.version, second.version, third.version}) == 3
+
+
+async def test_a_file_that_changes_under_the_reader_fails_the_read(tmp_path: Path) -> None:
+    """A4: bytes of two versions are never mixed: replaced before the first byte, or written to before the last."""
+    store, file = LocalStore(tmp_path), tmp_path / "a.ubj"
+    file.write_bytes(bytes(1 << 20))
+    replaced = await store.fetch("a")
+    (tmp_path / "new").write_bytes(bytes(1 << 20))
+    (tmp_path / "new").rename(file)
+    with pytest.raises(StoreUnavailableError, match="Replace artifacts by rename, never in place"):
+        await read(replaced)
+    written = await store.fetch("a")
+    assert isinstance(written, Artifact)
+    assert len(await anext(written.chunks)) < 1 << 20
+    with file.open("r+b") as writer:
+        writer.write(b"x" * 2000)
+        os.utime(writer.fileno(), ns=(1, 1))
+    with pytest.raises(StoreUnavailableError, match="Replace artifacts by rename, never in place"):
+        await read(written)
+
+
+async def test_a_file_that_vanishes_fails_the_read(tmp_path: Path) -> None:
+    """A file that is gone by the time it is read is a failure of the store, not of the model."""
+    store, file = LocalStore(tmp_path), tmp_path / "a.ubj"
+    file.write_bytes(b"one")
+    artifact = await store.fetch("a")
+    file.unlink()
+    with pytest.raises(StoreUnavailableError, match="Reading a failed"):
+        await read(artifact)
+
+
+async def test_a_read_that_is_given_up_closes_its_file(tmp_path: Path) -> None:
+    """A store holds no file open beyond a read, finished or not."""
+    descriptors = oracle.open_descriptors()
+    (tmp_path / "a.ubj").write_bytes(bytes(1 << 20))
+    artifact = await LocalStore(tmp_path).fetch("a")
+    assert oracle.open_descriptors() == descriptors, "nothing is open before the first chunk is asked for"
+    assert isinstance(artifact, Artifact)
+    chunks: Any = artifact.chunks
+    await anext(chunks)
+    assert oracle.open_descriptors() == descriptors + 1
+    await chunks.aclose()
+    assert oracle.open_descriptors() == descriptors
+
+
+async def test_links_stay_inside_the_folder(tmp_path: Path) -> None:
+    """A link inside the folder is followed, one that leads out is refused, one that leads nowhere is not found."""
+    folder = tmp_path / "models"
+    folder.mkdir()
+    (folder / "a.ubj").write_bytes(b"inside")
+    (tmp_path / "secret.ubj").write_bytes(b"outside")
+    (folder / "inside.ubj").symlink_to("a.ubj")
+    (folder / "outside.ubj").symlink_to("../secret.ubj")
+    (folder / "up").symlink_to("..")
+    (folder / "dangling.ubj").symlink_to("nowhere")
+    (folder / "loop.ubj").symlink_to("loop.ubj")
+    store = LocalStore(folder)
+    assert await read(await store.fetch("inside")) == b"inside"
+    for name in ("outside", "up/secret"):
+        with pytest.raises(StoreAccessDeniedError, match=r"is a link that leads out of .*: copy the file"):
+            await store.fetch(name)
+    for name in ("dangling", "loop"):
+        with pytest.raises(ModelNotFoundError):
+            await store.fetch(name)
+
+
+async def test_the_folder_itself_may_be_a_link(tmp_path: Path) -> None:
+    """What leads out is measured from where the folder really is."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a.ubj").write_bytes(b"one")
+    (tmp_path / "link").symlink_to("real")
+    assert await read(await LocalStore(tmp_path / "link").fetch("a")) == b"one"
+
+
+async def test_only_regular_files_are_artifacts(tmp_path: Path) -> None:
+    """Neither a directory nor a pipe is opened, however it is named."""
+    (tmp_path / "folder.ubj").mkdir()
+    os.mkfifo(tmp_path / "pipe.ubj")
+    store = LocalStore(tmp_path)
+    for name in ("folder", "pipe"):
+        with pytest.raises(StoreError, match="is not a regular file; a model is one file"):
+            await store.fetch(name)
+
+
+async def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    """A missing folder is named, for a fetch and for a listing, and may appear later."""
+    store = LocalStore(tmp_path / "later")
+    with pytest.raises(ModelNotFoundError, match=r"The folder .*later does not exist"):
+        await store.fetch("a")
+    with pytest.raises(StoreError, match=r"The folder .*later does not exist"):
+        _ = [name async for name in store.names()]
+    (tmp_path / "later").mkdir()
+    (tmp_path / "later" / "a.ubj").write_bytes(b"one")
+    assert await read(await store.fetch("a")) == b"one"
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "message"),
+    [
+        (errno.EACCES, StoreAccessDeniedError, "No permission to read .*: make it readable for this user"),
+        (errno.EIO, StoreUnavailableError, "Reading a failed: .*Input/output error"),
+    ],
+)
+async def test_errors_of_the_file_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[StoreError], message: str
+) -> None:
+    """S1: no permission is final, anything else may work later; both name the model."""
+
+    def fail(path: Path, **_: object) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(Path, "stat", fail)
+    with pytest.raises(kind, match=message) as caught:
+        await LocalStore(tmp_path).fetch("a")
+    assert type(caught.value) is kind
+    assert caught.value.model == "a"
+
+
+async def test_names_are_relative_and_come_once(tmp_path: Path) -> None:
+    """names() walks into folders, leaves out what has no suffix, and yields what fetch takes."""
+    (tmp_path / "tenant_a" / "deep").mkdir(parents=True)
+    for file in ("b.ubj", "a.json", "a.tar.gz", "readme.md", ".ubj", "tenant_a/c.ubj", "tenant_a/deep/d.json"):
+        (tmp_path / file).write_bytes(b"")
+    store = LocalStore(tmp_path)
+    every = [name async for name in store.names()]
+    assert every == ["a", "b", "tenant_a/c", "tenant_a/deep/d"]
+    assert [name async for name in store.names("tenant_a/")] == every[2:]
+    for name in every:
+        await store.fetch(name)
+
+
+async def test_what_a_user_may_write_for_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path, a string, a file URL with escapes and a home directory all mean the same folder."""
+    folder = tmp_path / "my models"
+    folder.mkdir()
+    (folder / "a.ubj").write_bytes(b"one")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    url = folder.as_uri()
+    assert "%20" in url
+    for written in (folder, str(folder), url, url.replace("file://", "file://localhost"), "~/my models"):
+        store = open_store(written)
+        assert repr(store) == str(folder)
+        assert await read(await store.fetch("a")) == b"one"
+    for other in ("ftp://host/folder", "file://host/folder"):
+        with pytest.raises(StoreError, match="There is no store for"):
+            open_store(other)

@@ -1,0 +1,198 @@
+"""Measured sizes: what a model takes, whatever else goes on in its worker, and that freed bytes go back."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import subprocess
+import sys
+from statistics import median
+from threading import Event, Thread
+from typing import TYPE_CHECKING, Self
+
+import psutil
+import pytest
+
+import zoo
+from lone_worker import LoneWorker, ask
+from modelcache.pool import wire
+from modelcache.worker.heap import Heap
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MODEL = zoo.model(trees=60)
+LOADS = 25
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="only glibc tells what its arenas hold")
+
+
+@pytest.fixture
+def worker() -> Iterator[LoneWorker]:
+    made = LoneWorker()
+    yield made
+    made.close()
+
+
+def in_use(worker: LoneWorker) -> int:
+    worker.command(wire.MEASURE, 0)
+    return worker.report().number
+
+
+def resident(worker: LoneWorker) -> int:
+    return int(psutil.Process(worker.process.pid).memory_info().rss)
+
+
+def load_and_free(worker: LoneWorker, data: bytes, times: int) -> list[int]:
+    """Return the sizes that one model is said to have, load by load."""
+    sizes = []
+    for number in range(100, 100 + times):
+        sizes.append(worker.load(number, data).number)
+        worker.command(wire.UNLOAD, number)
+        assert worker.report().kind == wire.UNLOADED
+    return sizes
+
+
+class Traffic:
+    """Keeps the worker's main thread predicting, with batches of all sizes."""
+
+    def __init__(self, worker: LoneWorker, model: int) -> None:
+        self._worker = worker
+        self._model = model
+        self._stopped = Event()
+        self.answers = 0
+        self._thread = Thread(target=self._flow)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def _flow(self) -> None:
+        rows, count = zoo.rows(3000), 1
+        while not self._stopped.is_set():
+            output = wire.OUTPUTS[self.answers % 4]
+            self._worker.send(*(ask(call, self._model, rows[:count], output=output) for call in range(3)))
+            self.answers += len(self._worker.replies(3))
+            count = count * 5 % 2999
+
+
+@linux
+def test_a_model_measures_the_same_each_time(worker: LoneWorker) -> None:
+    """Rule L1 counts measured bytes: they are those of the model, load after load."""
+    sizes = load_and_free(worker, MODEL.ubj, LOADS)
+    assert max(sizes) - min(sizes) < 0.1 * median(sizes)
+    assert len(MODEL.ubj) < median(sizes) < 2 * len(MODEL.ubj)
+
+
+@linux
+def test_sizes_do_not_scatter_while_the_other_thread_predicts(worker: LoneWorker) -> None:
+    """Rule L1: what predictions allocate meanwhile is not charged to the model that is being loaded."""
+    quiet = median(load_and_free(worker, MODEL.ubj, 5))
+    worker.load(1, zoo.model("multiclass", trees=30).ubj)
+    with Traffic(worker, 1) as traffic:
+        sizes = load_and_free(worker, MODEL.ubj, LOADS)
+        assert traffic.answers > 0
+    assert median(sizes) == pytest.approx(quiet, rel=0.05)
+    near = [size for size in sizes if abs(size - quiet) < 0.15 * quiet]
+    assert len(near) >= 0.9 * LOADS, sizes
+
+
+@linux
+def test_sizes_add_up(worker: LoneWorker) -> None:
+    """Rule L1: the sum of what was measured is what the heap has grown by."""
+    before = in_use(worker)
+    sizes = [worker.load(number, zoo.model(trees=20 + number).ubj).number for number in range(12)]
+    assert in_use(worker) - before == pytest.approx(sum(sizes), rel=0.05)
+
+
+@linux
+def test_small_models_are_measured_too(worker: LoneWorker) -> None:
+    """A model of 3 kB is no rounding error when there are thousands: its sum is right."""
+    before = in_use(worker)
+    sizes = [worker.load(number, zoo.model(trees=1, seed=number % 7).ubj).number for number in range(200)]
+    assert in_use(worker) - before == pytest.approx(sum(sizes), rel=0.1)
+
+
+@linux
+def test_loads_and_frees_stay_flat(worker: LoneWorker) -> None:
+    """Nothing is left of a model that was freed, neither on the heap nor in the process."""
+    load_and_free(worker, MODEL.ubj, 20)
+    heap, process = in_use(worker), resident(worker)
+    sizes = load_and_free(worker, MODEL.ubj, 150)
+    assert in_use(worker) - heap < median(sizes)
+    assert resident(worker) - process < 4 << 20
+
+
+@linux
+def test_freed_bytes_go_back_to_the_system(worker: LoneWorker) -> None:
+    """Freeing alone leaves a process as large as it was: the worker trims its heap."""
+    load_and_free(worker, MODEL.ubj, 5)
+    before = resident(worker)
+    large = zoo.model(trees=400).ubj
+    sizes = [worker.load(number, large).number for number in range(60)]
+    grown = resident(worker) - before
+    assert grown > 0.8 * sum(sizes)
+    for number in range(60):
+        worker.command(wire.UNLOAD, number)
+        worker.report()
+    assert resident(worker) - before < 0.25 * grown
+
+
+ALLOCATOR = """
+import ctypes, json, threading
+from modelcache.worker.heap import Heap
+
+heap, libc, found = Heap(), ctypes.CDLL(None), {}
+libc.malloc.restype = ctypes.c_void_p
+libc.free.argtypes = [ctypes.c_void_p]
+
+def take(what, size, count):
+    before = heap.in_use()
+    taken = [libc.malloc(size) for _ in range(count)]
+    found[what] = heap.in_use() - before
+    for pointer in taken:
+        libc.free(pointer)
+    found[what + " freed"] = heap.in_use() - before
+
+def in_thread(*task):
+    thread = threading.Thread(target=take, args=task)
+    thread.start()
+    thread.join()
+
+in_thread("warm up", 1000, 10)
+in_thread("thread", 100_000, 50)
+take("main", 100_000, 50)
+in_thread("mapped", 40 << 20, 1)
+print(json.dumps(found))
+"""
+
+
+@linux
+def test_only_allocations_of_other_threads_and_mapped_ones_count() -> None:
+    """The main thread predicts; what it takes from its arena is none of a model's."""
+    said = subprocess.run([sys.executable, "-c", ALLOCATOR], check=True, capture_output=True, text=True).stdout
+    found = json.loads(said)
+    assert found["thread"] == pytest.approx(5_000_000, rel=0.02)
+    assert found["main"] == pytest.approx(0, abs=50_000)
+    assert found["mapped"] == pytest.approx(40 << 20, rel=0.02)
+    for what in ("thread", "main", "mapped"):
+        assert found[f"{what} freed"] == pytest.approx(0, abs=50_000)
+
+
+def test_other_platforms_have_no_exact_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On macOS sizes are estimated, and the worker says so."""
+    monkeypatch.setattr(sys, "platform", "darwin")
+    heap = Heap()
+    heap.trim()
+    assert (heap.exact, heap.in_use()) == (False, 0)
+
+
+def test_other_c_libraries_have_no_exact_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does musl have what glibc has, although both are Linux."""
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
+    assert not Heap().exact
