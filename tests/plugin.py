@@ -46,4 +46,5 @@ class Scaled:
         """Return the sums."""
         if output != "value":
             raise InvalidInputError(f"there is no {output}")
-        return (rows * self._factors).sum(axis=1)
+        values: Matrix = (rows * self._factors).sum(axis=1)
+        return values

@@ -28,7 +28,7 @@ async def test_it_reads_its_own_format(make_registry: MakeRegistry, file: str) -
     """What is no XGBoost model goes to a predictor as it is, out of an archive too."""
     data = plugin.artifact() if file == "raw.ubj" else zoo.pack({"factors.npz": plugin.artifact()})
     registry = await make_registry(MemoryStore({file: data}), predictor="plugin:Scaled")
-    assert np.array_equal(await registry.predict(file, ROWS), np.float32([32.0, 64.0]))
+    assert np.array_equal(await registry.predict(file, ROWS), np.array([32.0, 64.0], np.float32))
     assert registry.loaded()[0].format == "other"
 
 
