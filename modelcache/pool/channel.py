@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 _HIGH_WATER = 1 << 20
 
 
-class Channel(asyncio.Protocol):
+class Channel(asyncio.Protocol, ABC):
     """One end of a lane. ``header`` is the layout of what arrives; ``lost`` is called once when it ends."""
 
     def __init__(self, header: Struct, lost: Callable[[], None]) -> None:
@@ -121,9 +122,9 @@ class Channel(asyncio.Protocol):
             start = end
         return start
 
+    @abstractmethod
     def frame_received(self, header: tuple[Any, ...], data: bytes, start: int, end: int) -> None:
         """Handle one frame, whose payload is ``data[start:end]``."""
-        raise NotImplementedError
 
     def close(self) -> None:
         """End the lane; the worker takes it as the order to leave."""
