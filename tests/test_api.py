@@ -289,7 +289,8 @@ def test_records_are_frozen() -> None:
 
 HEAVY = {
     "aiobotocore", "aiohttp", "botocore", "boto3", "obstore", "xgboost", "pandas", "polars", "pyarrow", "scipy",
-    "sklearn", "uvloop", "typer", "rich", "matplotlib", "starlette", "prometheus_client", "opentelemetry", "multiprocessing",
+    "sklearn", "uvloop", "typer", "rich", "matplotlib", "starlette", "prometheus_client", "opentelemetry",
+    "multiprocessing",
 }  # fmt: skip
 
 

@@ -49,20 +49,18 @@ def eager_loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(("asyncio", {}), id="asyncio"),
-        pytest.param(("asyncio", {"debug": True}), id="debug"),
-        pytest.param(("asyncio", {"loop_factory": uvloop.new_event_loop}), id="uvloop"),
-        pytest.param(
-            ("asyncio", {"loop_factory": eager_loop}),
-            id="eager",
-            marks=pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks came with Python 3.12"),
-        ),
-    ]
-)
+BACKENDS: dict[str, dict[str, Any]] = {
+    "asyncio": {},
+    "debug": {"debug": True},
+    "uvloop": {"loop_factory": uvloop.new_event_loop},
+}
+if sys.version_info >= (3, 12):  # eager tasks came with it
+    BACKENDS["eager"] = {"loop_factory": eager_loop}
+
+
+@pytest.fixture(params=BACKENDS)
 def anyio_backend(request: pytest.FixtureRequest) -> Any:
-    return request.param
+    return "asyncio", BACKENDS[request.param]
 
 
 @pytest.fixture
