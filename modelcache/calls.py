@@ -89,7 +89,7 @@ async def ask(entry: Entry[Resident], call: Call) -> Matrix:
     if matrix.nbytes > PAYLOAD_LIMIT or (rows > 1 and rows * row_seconds > 2 * _SLICE_SECONDS):
         return await _ask_in_slices(entry, matrix, call)
     if requests.congested:
-        await requests.writable()
+        await _writable(entry, call.deadline)
     number, answer = requests.predict(place.number, matrix, call.output, call.deadline)
     timer = _set_timer(entry, number, answer, call.deadline) if call.deadline else None
     try:
@@ -113,7 +113,7 @@ async def _ask_in_slices(entry: Entry[Resident], matrix: Matrix, call: Call) -> 
     try:
         while sent < len(matrix) or waiting:
             while sent < len(matrix) and len(waiting) < _SLICES_IN_FLIGHT:
-                await requests.writable()
+                await _writable(entry, call.deadline)
                 part = matrix[sent : sent + _slice_rows(place, matrix, call.output)]
                 number, answer = requests.predict(place.number, part, call.output, call.deadline)
                 timer = _set_timer(entry, number, answer, call.deadline) if call.deadline else None
@@ -157,13 +157,26 @@ def _expire(entry: Entry[Resident], number: int, answer: Answer) -> None:
     worker = entry.value.worker
     worker.requests.cancel(number)
     worker.suspect()
-    answer.set_exception(
-        PredictTimeoutError(
-            f"{entry.key} did not answer within the timeout; {len(worker.requests.pending)} more calls wait for its "
-            "worker. Give it more time, or send fewer rows at once.",
-            model=entry.key,
-            retry_after=worker.requests.expected_wait(),
-        )
+    answer.set_exception(_timed_out(entry))
+
+
+async def _writable(entry: Entry[Resident], deadline: float) -> None:
+    """Wait until the worker has taken enough of what was sent before, and no longer than the call may take."""
+    try:
+        async with asyncio.timeout(deadline - monotonic() if deadline else None):
+            await entry.value.worker.requests.writable()
+    except TimeoutError as error:
+        entry.value.worker.suspect()
+        raise _timed_out(entry) from error
+
+
+def _timed_out(entry: Entry[Resident]) -> PredictTimeoutError:
+    requests = entry.value.worker.requests
+    return PredictTimeoutError(
+        f"{entry.key} did not answer within the timeout; {len(requests.pending)} more calls wait for its worker. "
+        "Give it more time, or send fewer rows at once.",
+        model=entry.key,
+        retry_after=requests.expected_wait(),
     )
 
 

@@ -152,7 +152,7 @@ async def test_loads_of_different_names_overlap(make_registry: MakeRegistry, slo
     assert registry.stats().loads == 50
 
 
-async def test_a_registry_waits_for_what_its_loads_still_have_to_close(make_registry: MakeRegistry) -> None:
+async def test_close_waits_for_what_its_loads_still_have_to_let_go_of(make_registry: MakeRegistry) -> None:
     """F2, F11: a load is held on to until its task has ended, even when its callers were answered before."""
     store = HeldStore({"m.ubj": MODEL.ubj})
     store.leaving.clear()
@@ -161,12 +161,14 @@ async def test_a_registry_waits_for_what_its_loads_still_have_to_close(make_regi
     await store.fetched(1)
     store.gates[0].set()
     await load
-    closing = asyncio.create_task(registry.close())
-    await settle()
-    closed_early = closing.done()
-    store.leaving.set()
+    async with registry.acquire("m"):
+        closing = asyncio.create_task(registry.close())
+        await settle()
+        assert registry._leasing._quiet is None, "close waits for leases after it has waited for loads"
+        store.leaving.set()
+        while registry._leasing._quiet is None:
+            await asyncio.sleep(0)
     await closing
-    assert not closed_early, "the artifact was still being closed"
     oracle.check_no_tasks_left()
 
 
@@ -379,7 +381,7 @@ async def test_what_says_nothing_of_the_model_is_not_remembered(make_registry: M
     """F8: neither a cancelled call nor a budget without room keeps the next call from trying."""
     store = gated(m=MODEL.ubj, big=zoo.model(trees=100).ubj)
     store.open("big")
-    registry = await make_registry(store, load_timeout=0.05, failure_ttl=30)
+    registry = await make_registry(store, failure_ttl=30)
     call = asyncio.create_task(registry.predict("m", ROWS))
     await settle()
     assert await is_cancelled(call)
@@ -390,8 +392,10 @@ async def test_what_says_nothing_of_the_model_is_not_remembered(make_registry: M
     store.put("n.ubj", OTHER.ubj)
     store.open("n")
     async with registry.acquire("m"):
+        registry._loader._timeout = 0.05
         with pytest.raises(BudgetTimeoutError):
             await registry.predict("n", ROWS)
+    registry._loader._timeout = 60
     assert registry._state.failures.recall("big") is None
     assert np.array_equal(await registry.predict("n", ROWS), OTHER.expected(ROWS))
     assert info.name == "m"
@@ -484,6 +488,27 @@ async def test_an_unloaded_load_never_replaces_a_newer_one(make_registry: MakeRe
     assert np.array_equal(await old, MODEL.expected(ROWS))
     assert await unloading
     assert np.array_equal(await registry.predict("m", ROWS), OTHER.expected(ROWS))
+    assert len(store.gates) == 2
+
+
+async def test_an_old_flight_that_ends_leaves_the_new_one_listed(make_registry: MakeRegistry) -> None:
+    """F7: a flight takes only itself out of the map: who comes after it joins the newer one."""
+    store = HeldStore({"m.ubj": MODEL.ubj})
+    registry = await make_registry(store)
+    old = asyncio.create_task(registry.predict("m", ROWS))
+    await store.fetched(1)
+    unloading = asyncio.create_task(registry.unload("m"))
+    await settle()
+    new = asyncio.create_task(registry.predict("m", ROWS))
+    await store.fetched(2)
+    store.gates[0].set()
+    await old
+    assert await unloading
+    joined = asyncio.create_task(registry.predict("m", ROWS))
+    await settle()
+    store.gates[1].set()
+    for call in (new, joined):
+        assert np.array_equal(await call, MODEL.expected(ROWS))
     assert len(store.gates) == 2
 
 

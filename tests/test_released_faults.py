@@ -160,6 +160,11 @@ async def test_a_stale_failure_leaves_the_newer_model_alone(make_registry: MakeR
     await unloading
     assert np.array_equal(await registry.predict("m", ROWS), MODEL.expected(ROWS))
     assert len(store.steps) == 2
+    await registry.unload("m")
+    again = asyncio.create_task(registry.predict("m", ROWS))
+    await store.fetched(3)
+    store.steps[2].set_result(None)
+    assert np.array_equal(await again, MODEL.expected(ROWS))
 
 
 @seen_in("async-lru", "2.4.")

@@ -164,8 +164,6 @@ class Worker:
 
     def fail_all(self, epitaph: Epitaph) -> None:
         """Wake everyone who waits for the worker."""
-        if self._ping is not None:
-            self._ping.cancel()
         self.requests.fail_all(epitaph)
         self.process.artifacts.fail_all(epitaph)
 

@@ -92,7 +92,7 @@ class RequestChannel(Channel):
         for call in pending.values():
             if not call.future.done():
                 call.future.set_exception(WorkerLostError(epitaph))
-                call.future.exception()  # of two slices only the first is awaited: no log that nobody asked
+                call.future.exception()  # nobody awaits a ping or the second of two slices: no log about that
 
     def data_received(self, data: bytes) -> None:
         """Resolve the answered calls; what their callers send next leaves in one write."""
