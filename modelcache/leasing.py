@@ -80,9 +80,17 @@ class Leasing:
             return entry
         stem, suffix = split_suffix(name)
         if not suffix:
-            return table.get(name + SUFFIXES[0])  # the first that a store looks for, so it is the same artifact
+            return table.get(name + SUFFIXES[0])  # the first that a store looks for
         entry = table.get(stem)
         return entry if entry is not None and entry.value.suffix == suffix else None
+
+    def spellings(self, name: str) -> list[str]:
+        """Return the names under which the artifact of ``name`` may be resident or loading."""
+        stem, suffix = split_suffix(name)
+        if not suffix:
+            return [name, *(name + known for known in SUFFIXES)]
+        other = self._state.ledger.table.get(stem)
+        return [name] if other is not None and other.value.suffix != suffix else [name, stem]
 
     async def drained(self, seconds: float) -> None:
         """Wait until no lease is left, for ``seconds`` at most."""

@@ -53,6 +53,9 @@ _RAW = (".ubj", ".json")
 _PEEK = 64 << 10
 """Bytes of an archive sent before its bytes are claimed: enough for its headers."""
 
+_ACLOSE_TIMEOUT = 10.0
+"""Seconds for a store to let go of an artifact."""
+
 _CRASHES_FORGIVEN = 1
 
 
@@ -151,6 +154,9 @@ class Loader:
             self._fail(flight, error)
         except Exception as error:  # noqa: BLE001 - a store is anybody's code
             self._fail(flight, _store_error(flight.key, error))
+        except BaseException as error:
+            self._fail(flight, _store_error(flight.key, error))
+            raise
 
     def _fail(self, flight: Flight, error: ModelCacheError) -> None:
         error.model = error.model or flight.key
@@ -215,7 +221,8 @@ class Loader:
         finally:
             aclose = getattr(artifact.chunks, "aclose", None)
             if aclose is not None:
-                await aclose()
+                async with asyncio.timeout(_ACLOSE_TIMEOUT):
+                    await aclose()
 
     # Bytes
 
@@ -258,7 +265,7 @@ class Loader:
         ledger, flight = self._state.ledger, attempt.flight
         granted = False
         while not granted:  # again, if the budget has become smaller than the claim
-            self._check_fits(flight.key, least)
+            self._check_fits(flight.key, least, "Nothing was evicted for it.")
             grant: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
             flight.needed = min(most, ledger.budget)
             attempt.claim, retired = ledger.claim(flight.key, flight.needed, grant)
@@ -293,12 +300,12 @@ class Loader:
         attempt.queued += time.perf_counter() - started
         return result
 
-    def _check_fits(self, key: str, least: int) -> None:
+    def _check_fits(self, key: str, least: int, remark: str = "") -> None:
         budget = self._state.ledger.budget
         if least > budget:
             raise ModelTooLargeError(
                 f"{key} takes {least:,} bytes or more, and the whole memory budget is {budget:,}: "
-                "raise memory_budget. Nothing was evicted for it.",
+                f"raise memory_budget. {remark}".rstrip(),
                 model=key, needed=least, budget=budget,
             )  # fmt: skip
 
@@ -318,6 +325,11 @@ class Loader:
     async def _feed(self, attempt: _Attempt, chunk: bytes) -> None:
         assert attempt.loading is not None
         attempt.received += len(chunk)
+        if attempt.artifact.size is not None and attempt.received > attempt.artifact.size:
+            raise StoreUnavailableError(
+                f"The store delivers more than the {attempt.artifact.size:,} bytes it announced.",
+                model=attempt.flight.key,
+            )
         attempt.downloading = time.perf_counter() - attempt.started - attempt.queued
         await attempt.loading.feed(chunk)
 

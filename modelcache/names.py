@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from unicodedata import category
+
 from modelcache.errors import InvalidModelNameError
 
 SUFFIXES = (".tar.gz", ".ubj", ".json")
 """Tried in this order for a name without one of them."""
 
 _LONGEST = 1024
+_CONTROL = ("Cc", "Cs")
+"""Control characters, and surrogates, which no file system or protocol takes."""
 
 
 def check_name(name: str) -> str:
@@ -37,7 +41,7 @@ def _problem(name: str) -> str:
         return "it is empty"
     if len(name) > _LONGEST:
         return f"it has {len(name)} characters, the limit is {_LONGEST}"
-    if "\\" in name or not name.isprintable():
+    if "\\" in name or any(category(character) in _CONTROL for character in name):
         return "it has a backslash or a control character"
     if name.startswith("/"):
         return "it is absolute"

@@ -55,6 +55,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("modelcache")
 
+_STORE_PATIENCE = 10.0
+"""Seconds that ``close`` gives the store for letting go of loads, and for closing."""
 _UNLOAD_PATIENCE = 10.0
 """Seconds that ``close`` waits for workers to confirm what they have freed before it ends them."""
 
@@ -91,12 +93,11 @@ class ModelRegistry:
         predictor: str = XGBOOST,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        _check_positive(
-            workers=workers, threads_per_worker=threads_per_worker, load_timeout=load_timeout,
-            load_concurrency=load_concurrency, queue_limit=queue_limit,
+        _check_counts(
+            workers=workers, threads_per_worker=threads_per_worker, load_concurrency=load_concurrency,
+            queue_limit=queue_limit,
         )  # fmt: skip
-        if failure_ttl < 0:
-            raise ValueError(f"failure_ttl is {failure_ttl!r}: it has to be a number of seconds, or 0 for none.")
+        _check_seconds(load_timeout=load_timeout, failure_ttl=failure_ttl)
         budget = default_budget() if memory_budget is None else parse_bytes(memory_budget)
         self._store: ArtifactStore = store if isinstance(store, ArtifactStore) else open_store(store)
         self._state = Residency(budget, make_policy(policy), failure_ttl=failure_ttl, clock=clock)
@@ -149,6 +150,10 @@ class ModelRegistry:
         """
         if self._life.forked:
             return
+        if self._life.started_on is not None and self._life.started_on.is_closed():
+            self._life.close()
+            self._pool.abandon()
+            return
         if self._closing is None:
             self._life.close()
             self._closing = asyncio.create_task(self._close(drain))
@@ -167,15 +172,23 @@ class ModelRegistry:
         if leaving:
             await asyncio.wait(leaving, timeout=_UNLOAD_PATIENCE)
         await self._pool.close()
-        await self._store.close()
+        async with asyncio.timeout(_STORE_PATIENCE):
+            await self._store.close()
 
     async def _ground_flights(self) -> None:
+        """Cancel all loads; a store that does not let go of one is not waited for for ever."""
         for flight in self._state.flights.airborne:
             flight.task.cancel()
-        await asyncio.gather(*self._loader.tasks, *self._background, return_exceptions=True)
+        tasks = {*self._loader.tasks, *self._background}
+        if tasks:
+            await asyncio.wait(tasks, timeout=_STORE_PATIENCE)
 
     async def __aenter__(self) -> Self:
-        return await self.start()
+        try:
+            return await self.start()
+        except BaseException:  # nobody else could close it
+            await self.close(drain=0)
+            raise
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
@@ -261,6 +274,7 @@ class ModelRegistry:
 
     async def _take_cold(self, name: str, deadline: float, trace: Trace | None) -> Entry[Resident]:
         started = time.perf_counter()
+        check_name(name)
         await self._started_by(deadline)
         entry = self._leasing.take_resident(name)
         if entry is None:
@@ -283,9 +297,10 @@ class ModelRegistry:
         self._life.check()
         call = Call(rows, output, timeout, self._queue_limit)
         for _ in range(2):
+            lease.check_held()
             if lease.entry.state is State.GONE:  # its worker has ended
                 await self._renew(lease, call.deadline)
-            lease.check_held()
+                lease.check_held()
             try:
                 return await ask(lease.entry, call)
             except WorkerLostError as error:
@@ -344,6 +359,7 @@ class ModelRegistry:
 
         ``on_progress`` is called after each model. Models that do not fit together evict each other: the last stay.
         """
+        _check_counts(concurrency=concurrency)
         return await preload(
             self.load, names, concurrency=concurrency or self._load_concurrency, on_progress=on_progress
         )
@@ -351,21 +367,23 @@ class ModelRegistry:
     async def unload(self, name: str) -> bool:
         """Take ``name`` out of memory, pinned or not; False if nothing of it was there.
 
-        Calls in flight get their answers; returns when the bytes are free. Later calls load the model again.
+        Calls in flight get their answers; returns when the bytes are free, so never call it inside a lease on the same
+        model. Later calls load the model again, at once even if its last load failed.
         """
         await self.start()
         state = self._state
-        entry = self._leasing.find(name)
-        key = entry.key if entry is not None else check_name(name)
-        state.pinned.discard(key)
-        flight = state.flights.detach(key)
-        state.retire(state.ledger.detach(key, "unload"))
-        if flight is not None:
-            await asyncio.wait((flight.task,))
-        leaving = [state.left(entry) for entry in state.ledger.leaving if entry.key == key]
+        keys = self._leasing.spellings(check_name(name))
+        loads = [flight.task for key in keys if (flight := state.flights.detach(key))]
+        for key in keys:
+            state.pinned.discard(key)
+            state.failures.forget(key)
+            state.retire(state.ledger.detach(key, "unload"))
+        if loads:
+            await asyncio.wait(loads)
+        leaving = [state.left(entry) for entry in state.ledger.leaving if entry.key in keys]
         if leaving:
             await asyncio.wait(leaving)
-        return bool(flight or leaving)
+        return bool(loads or leaving)
 
     async def pin(self, name: str) -> ModelInfo:
         """Make ``name`` resident and never evict it until :meth:`unpin`; if its worker ends it is loaded again."""
@@ -450,10 +468,16 @@ class ModelRegistry:
             logger.warning("pinned model %s could not be loaded again: %s", key, error)
 
 
-def _check_positive(**options: float | None) -> None:
+def _check_counts(**options: int | None) -> None:
     for name, value in options.items():
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} is {value!r}: it has to be positive.")
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} is {value!r}: it has to be a whole number, 1 or more.")
+
+
+def _check_seconds(**options: float) -> None:
+    for name, value in options.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+            raise ValueError(f"{name} is {value!r}: it has to be a number of seconds.")
 
 
 def _crashed_twice(name: str, epitaph: Epitaph | None) -> WorkerCrashedError:

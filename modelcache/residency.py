@@ -179,7 +179,7 @@ class Residency:
         for subscriber in tuple(self.subscribers):
             try:
                 subscriber(event)
-            except Exception:
+            except (Exception, asyncio.CancelledError):
                 logger.exception("a subscriber failed on %s", type(event).__name__)
 
     def _note_eviction(self, entry: Entry[Resident]) -> None:

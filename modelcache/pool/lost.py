@@ -29,13 +29,17 @@ class Epitaph:
         return self.signal in _CRASHES if self.signal else bool(self.exit_code)
 
     def __str__(self) -> str:
-        if self.signal:
-            how = f"was ended by {signal.Signals(self.signal).name}"
-        else:
-            how = f"ended with exit code {self.exit_code}"
+        how = f"was ended by {_name(self.signal)}" if self.signal else f"ended with exit code {self.exit_code}"
         hint = " (the kernel's out-of-memory killer does that: see dmesg)" if self.signal == signal.SIGKILL else ""
         words = f"; its last words: {self.last_words}" if self.last_words else ""
         return f"worker process {self.pid} {how}{hint}{words}"
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # real-time signals have numbers only
+        return f"signal {number}"
 
 
 class WorkerLostError(Exception):

@@ -285,7 +285,7 @@ class Pool:
         for attempt in count():
             try:
                 successor = await self._start_worker(worker.index)
-            except (ModelCacheError, OSError) as error:
+            except Exception as error:  # noqa: BLE001 - whatever it is, those who wait have to hear of it
                 self._broken = _as_crash(error)
                 logger.error("no worker can be started: %s", error)  # noqa: TRY400 - the error says it all
             else:

@@ -47,17 +47,24 @@ class _Listener(asyncio.SubprocessProtocol):
         self.said_all: asyncio.Future[None] = loop.create_future()
         self.stderr = b""
 
-    def pipe_data_received(self, fd: int, data: bytes) -> None:  # noqa: ARG002 - the loop's signature
-        """Keep the end of what it says; all of it is read, or a talkative worker would block on a full pipe."""
-        self.stderr = (self.stderr + data)[-_BYTES_KEPT:]
-
-    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:  # noqa: ARG002 - the loop's signature
-        """Note that it has said all."""
-        self.said_all.set_result(None)
-
     def process_exited(self) -> None:
         """Note that it has ended."""
         self.ended.set_result(None)
+
+
+class _LastWords(asyncio.Protocol):
+    """Keeps the end of standard error; all of it is read, or a talkative worker would block on a full pipe."""
+
+    def __init__(self, listener: _Listener) -> None:
+        self._listener = listener
+
+    def data_received(self, data: bytes) -> None:
+        """Keep the end of it."""
+        self._listener.stderr = (self._listener.stderr + data)[-_BYTES_KEPT:]
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the loop's signature
+        """Note that it has said all."""
+        self._listener.said_all.set_result(None)
 
 
 class Process:
@@ -66,9 +73,12 @@ class Process:
     requests: RequestChannel
     artifacts: ArtifactChannel
 
-    def __init__(self, transport: asyncio.SubprocessTransport, listener: _Listener) -> None:
+    def __init__(
+        self, transport: asyncio.SubprocessTransport, listener: _Listener, words: asyncio.ReadTransport
+    ) -> None:
         self._transport = transport
         self._listener = listener
+        self._words = words
 
     @property
     def pid(self) -> int:
@@ -108,6 +118,7 @@ class Process:
             return False
         # A process that a predictor has started may hold the pipe open for as long as it likes.
         await asyncio.wait((self._listener.said_all,), timeout=_LAST_WORDS_TIMEOUT)
+        self._words.close()
         self._transport.close()
         return True
 
@@ -139,22 +150,33 @@ async def start_process(
 
 
 async def _spawn(descriptors: tuple[int, int], threads: int, predictor: str) -> Process:
-    transport, listener = await asyncio.get_running_loop().subprocess_exec(
-        _Listener,
-        sys.executable,
-        "-P",  # the worker's own folder must not shadow other modules
-        str(_WORKER),
-        *map(str, descriptors),
-        str(threads),
-        predictor,
-        pass_fds=descriptors,
-        env=await to_thread.run_sync(_environment, threads),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.PIPE,
-        start_new_session=True,  # Ctrl-C in a terminal reaches the parent alone
-    )
-    return Process(transport, listener)
+    """Start the process, with a pipe of our own: a start that is cancelled hangs in CPython 3.11 with asyncio's."""
+    loop, environment = asyncio.get_running_loop(), await to_thread.run_sync(_environment, threads)
+    reading, writing = os.pipe()
+    listener = _Listener()
+    words, _ = await loop.connect_read_pipe(lambda: _LastWords(listener), os.fdopen(reading, "rb", 0))
+    try:
+        transport, _ = await loop.subprocess_exec(
+            lambda: listener,
+            *_command(descriptors, threads, predictor),
+            pass_fds=descriptors,
+            env=environment,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=writing,
+            start_new_session=True,  # Ctrl-C in a terminal reaches the parent alone
+        )
+    except BaseException:
+        words.close()
+        raise
+    finally:
+        os.close(writing)
+    return Process(transport, listener, words)
+
+
+def _command(descriptors: tuple[int, int], threads: int, predictor: str) -> list[str]:
+    # -P: the worker's own folder must not shadow other modules.
+    return [sys.executable, "-P", str(_WORKER), *map(str, descriptors), str(threads), predictor]
 
 
 def _environment(threads: int) -> dict[str, str]:

@@ -132,15 +132,19 @@ class ArtifactLane:
         self._send(wire.STARTED, model)
         try:
             predictor = self._predictor.load(memoryview(unpacked.data), threads=self._threads)
+            facts = _facts(predictor, unpacked)
         except Exception as error:  # noqa: BLE001 - whatever a predictor raises says what is wrong with the bytes
             self._fail(model, "corrupt", error)
             return
         seconds = perf_counter() - started
-        size = _plausible(self._heap.in_use() - before, len(unpacked.data))
+        measured = self._heap.in_use() - before
+        if self._predictor is XGBoostPredictor or measured <= 0:
+            measured = _plausible(measured, len(unpacked.data))
+        size = measured
         del self._arriving[model]
         self._models[model] = LoadedModel(predictor, size)
         self._held += size
-        self._send(wire.LOADED, model, size, _facts(predictor, unpacked, seconds))
+        self._send(wire.LOADED, model, size, {"seconds": seconds, **facts})
         self._give_back(len(unpacked.data))
 
     def _unload(self, model: int) -> None:
@@ -201,16 +205,15 @@ def _plausible(measured: int, unpacked: int) -> int:
     return int(_ESTIMATED_HEAP * unpacked)
 
 
-def _facts(predictor: Predictor, unpacked: Unpacked, seconds: float) -> dict[str, Any]:
+def _facts(predictor: Predictor, unpacked: Unpacked) -> dict[str, Any]:
     names = predictor.feature_names
     return {
-        "seconds": seconds,
         "unpacked_bytes": len(unpacked.data),
         "format": unpacked.format,
         "container": unpacked.container,
-        "n_features": predictor.n_features,
-        "feature_names": list(names) if names else None,
-        "n_outputs": predictor.n_outputs,
+        "n_features": int(predictor.n_features),
+        "feature_names": None if names is None else list(map(str, names)),
+        "n_outputs": int(predictor.n_outputs),
         "objective": getattr(predictor, "objective", None),
         "booster": getattr(predictor, "booster", None),
         "n_trees": getattr(predictor, "n_trees", None),

@@ -20,16 +20,15 @@ if TYPE_CHECKING:
 async def test_a_congested_lane_keeps_to_the_deadline(make_registry: MakeRegistry) -> None:
     """P3: a call that cannot even be sent, since the worker takes nothing, ends at its deadline."""
     registry = await make_registry(MemoryStore({"m.ubj": zoo.model().ubj}))
-    await registry.load("m")
+    rows = np.zeros((5_000, zoo.N), np.float32)
+    await registry.predict("m", rows)  # from here on it is known that these rows need not travel in slices
     worker = registry._pool.workers[0]
     os.kill(worker.pid, signal.SIGSTOP)
-    rows = np.zeros((30_000, zoo.N), np.float32)
-    filling = [asyncio.create_task(registry.predict("m", rows, timeout=30)) for _ in range(8)]
-    while not worker.requests.congested:
+    filling = [asyncio.create_task(registry.predict("m", rows, timeout=30)) for _ in range(60)]
+    for _ in range(1000):
         await asyncio.sleep(0)
-    sent = len(worker.requests.pending)
+    assert worker.requests.congested
     with pytest.raises(PredictTimeoutError, match="did not answer within the timeout"):
         await registry.predict("m", zoo.rows(1), timeout=0.05)
-    assert len(worker.requests.pending) <= sent + 1, "the call was not sent; a sign of life may have been asked for"
     os.kill(worker.pid, signal.SIGCONT)
     assert all(len(answer) == len(rows) for answer in await asyncio.gather(*filling))
