@@ -48,3 +48,14 @@ class Scaled:
             raise InvalidInputError(f"there is no {output}")
         values: Matrix = (rows * self._factors).sum(axis=1)
         return values
+
+
+HEAVY_BYTES = 8 << 20
+
+
+class Heavy(Scaled):
+    """Takes far more memory than its artifact has bytes."""
+
+    def __init__(self, factors: Matrix) -> None:
+        super().__init__(factors)
+        self._ballast = [bytearray(1 << 20) for _ in range(HEAVY_BYTES >> 20)]

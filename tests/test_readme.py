@@ -29,10 +29,10 @@ HOUSE = [1990, 3047, 5, 1.0, 1.11, 2]
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A current directory with the models and rows that the README speaks of."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "models").mkdir()
+    (tmp_path / "demo" / "models").mkdir(parents=True)
     for city in ("Chicago_IL", "Dallas_TX", "Houston_TX"):
-        (tmp_path / "models" / f"{city}.tar.gz").write_bytes(zoo.model().targz)
-    (tmp_path / "rows.csv").write_text(",".join(map(str, HOUSE)) + "\n")
+        (tmp_path / "demo" / "models" / f"{city}.tar.gz").write_bytes(zoo.model().targz)
+    (tmp_path / "demo" / "houses.csv").write_text(",".join(map(str, HOUSE)) + "\n")
     return tmp_path
 
 
@@ -64,12 +64,12 @@ async def test_the_tour_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -
     """Every call that the README shows does what its comment says."""
     namespace: dict[str, Any] = {"ModelRegistry": ModelRegistry}
     exec(blocks("python")[1], namespace)
-    async with ModelRegistry("models/", memory_budget="2 GiB") as registry:
+    async with ModelRegistry("demo/models", memory_budget="2 GiB") as registry:
         await namespace["tour"](registry, [HOUSE])
     printed = capsys.readouterr().out
     assert "2 loaded, {} failed" in printed
     assert "Phoenix_AZ is cold: it has never been asked for." in printed
-    assert re.search(r"<ModelRegistry models 3 ready, 0 loading, \d+\.\d/2048\.0 MiB, \d+ workers>", printed)
+    assert re.search(r"<ModelRegistry demo/models 3 ready, 0 loading, \d+\.\d/2048\.0 MiB, \d+ workers>", printed)
 
 
 def test_its_commands_exist(folder: Path) -> None:
