@@ -97,7 +97,8 @@ class ModelRegistry:
             workers=workers, threads_per_worker=threads_per_worker, load_concurrency=load_concurrency,
             queue_limit=queue_limit,
         )  # fmt: skip
-        _check_seconds(load_timeout=load_timeout, failure_ttl=failure_ttl)
+        _check_seconds("load_timeout", load_timeout)
+        _check_seconds("failure_ttl", failure_ttl, none=0)
         budget = default_budget() if memory_budget is None else parse_bytes(memory_budget)
         self._store: ArtifactStore = store if isinstance(store, ArtifactStore) else open_store(store)
         self._state = Residency(budget, make_policy(policy), failure_ttl=failure_ttl, clock=clock)
@@ -474,10 +475,9 @@ def _check_counts(**options: int | None) -> None:
             raise ValueError(f"{name} is {value!r}: it has to be a whole number, 1 or more.")
 
 
-def _check_seconds(**options: float) -> None:
-    for name, value in options.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-            raise ValueError(f"{name} is {value!r}: it has to be a number of seconds.")
+def _check_seconds(name: str, value: float, none: float | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (value > 0 or value == none):
+        raise ValueError(f"{name} is {value!r}: it has to be a positive number of seconds.")
 
 
 def _crashed_twice(name: str, epitaph: Epitaph | None) -> WorkerCrashedError:
