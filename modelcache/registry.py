@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 import warnings
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, Self
 
 from modelcache.cache.entry import State
@@ -332,13 +332,15 @@ class ModelRegistry:
 
     @asynccontextmanager
     async def acquire_many(self, names: Sequence[str]) -> AsyncIterator[list[Lease]]:
-        """Hold several models resident together, all or none; gives their leases in the order of ``names``.
+        """Hold several models resident together; gives their leases in the order of ``names``.
 
-        Groups are put together one at a time: two of them, each holding half of what it needs, would wait for each
-        other for ever. A group that does not fit beside what others hold raises BudgetTimeoutError.
+        Models are taken one after another, and given back if one of them fails. Groups that have to load something are
+        put together one at a time: two of them, each holding half of what it needs, would wait for each other for ever.
+        A group that does not fit beside what others hold raises BudgetTimeoutError.
         """
+        all_resident = all(self._leasing.find(name) for name in names)
         async with AsyncExitStack() as stack:
-            async with self._groups:
+            async with nullcontext() if all_resident else self._groups:
                 leases = [await stack.enter_async_context(self.acquire(name)) for name in names]
             yield leases
 

@@ -162,3 +162,19 @@ async def test_a_preload_needs_a_positive_concurrency(make_registry: MakeRegistr
     registry = await make_registry(MemoryStore({"m.ubj": zoo.model().ubj}))
     with pytest.raises(ValueError, match="concurrency"):
         await registry.preload(["m"], concurrency=0)
+
+
+async def test_a_resident_group_does_not_wait_behind_one_that_loads(make_registry: MakeRegistry) -> None:
+    """F12: hits never wait behind loads, those of a group neither."""
+    store = GatedStore({f"{name}.ubj": zoo.model().ubj for name in ("here", "there")})
+    store.open("here")
+    registry = await make_registry(store)
+    await registry.load("here")
+    loading = registry.acquire_many(["here", "there"])
+    entering = asyncio.create_task(loading.__aenter__())
+    await store.fetched(2)
+    async with registry.acquire_many(["here"]) as leases:
+        assert [lease.name for lease in leases] == ["here"]
+    store.open("there")
+    await entering
+    await loading.__aexit__(None, None, None)
