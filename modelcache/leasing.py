@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
-from modelcache.cache.entry import State
+from modelcache.cache.entry import Entry, State
+from modelcache.cache.flight import Flight, Phase
 from modelcache.errors import LoadTimeoutError
 from modelcache.names import SUFFIXES, check_name, split_suffix
 
 if TYPE_CHECKING:
-    from modelcache.cache.entry import Entry
-    from modelcache.cache.flight import Flight
+    from modelcache.cache.claims import Claim
+    from modelcache.cache.sizes import Bounds
     from modelcache.lifecycle import Lifecycle
     from modelcache.loader import Loader
     from modelcache.residency import Residency, Resident
+
+
+class Boarding(NamedTuple):
+    """One who waits for a flight."""
+
+    flight: Flight
+    waiter: asyncio.Future[Entry[Resident]]
 
 
 class Leasing:
@@ -51,9 +59,7 @@ class Leasing:
     async def take_cold(self, name: str, deadline: float) -> Entry[Resident]:
         """Join the flight of ``name``, or start one, and return the lease it gives. The registry has started."""
         check_name(name)
-        refused = self._state.failures.recall(name)
-        if refused is not None:
-            raise refused.fresh()
+        self._check_not_refused(name)
         started = time.perf_counter()
         entry = await self._wait_for_flight(name, deadline)
         self._state.counters.model_loading_wait_time.record(time.perf_counter() - started)
@@ -98,38 +104,83 @@ class Leasing:
             self._quiet = asyncio.get_running_loop().create_future()
             await asyncio.wait((self._quiet,), timeout=seconds)
 
-    async def _wait_for_flight(self, name: str, deadline: float) -> Entry[Resident]:
-        state, loop = self._state, asyncio.get_running_loop()
-        waiter: asyncio.Future[Entry[Resident]] = loop.create_future()
+    def board(self, name: str, part: Claim | None = None) -> Boarding:
+        """Wait for the flight of ``name``, which is started if there is none.
+
+        ``part``: the bytes that a group, which holds other models meanwhile, has been granted for it.
+        """
+        state = self._state
+        waiter: asyncio.Future[Entry[Resident]] = asyncio.get_running_loop().create_future()
         flight, is_new = state.flights.join(name, waiter)
         state.counters.misses += 1
+        if part is not None:
+            flight.group_waiters.add(waiter)
+            self._loader.endow(flight, part)
         if is_new:
             self._loader.start(flight)
         else:
             state.counters.joins += 1
-        timer = None
-        if deadline:
-            timer = loop.call_later(max(0.0, deadline - time.monotonic()), self._expire, flight, waiter)
+        return Boarding(flight, waiter)
+
+    async def scout(self, name: str) -> Bounds:
+        """Return what ``name`` takes, as far as the store's first bytes tell; raises what a load of it would."""
+        self._check_not_refused(name)
+        waiter: asyncio.Future[Bounds] = asyncio.get_running_loop().create_future()
+        flight = self._state.flights.scout(name, waiter)
+        self._loader.start(flight)
         try:
             return await waiter
+        finally:
+            if self._state.flights.leave(flight, waiter):
+                flight.task.cancel()
+
+    def leave(self, boarding: Boarding) -> None:
+        """Wait no more; a lease that was handed over already is the caller's to keep."""
+        if self._state.flights.leave(boarding.flight, boarding.waiter):
+            boarding.flight.task.cancel()
+
+    def give_up(self, boarding: Boarding) -> None:
+        """Wait no more, and release the lease if it was handed over already."""
+        waiter = boarding.waiter
+        if not waiter.cancel() and not waiter.cancelled() and waiter.exception() is None:
+            self.release(waiter.result())
+        self.leave(boarding)
+
+    def _check_not_refused(self, name: str) -> None:
+        refused = self._state.failures.recall(name)
+        if refused is not None:
+            raise refused.fresh()
+
+    async def _wait_for_flight(self, name: str, deadline: float) -> Entry[Resident]:
+        boarding = self.board(name)
+        timer = None
+        if deadline:
+            seconds = max(0.0, deadline - time.monotonic())
+            timer = asyncio.get_running_loop().call_later(seconds, self._expire, boarding)
+        try:
+            return await boarding.waiter
         except asyncio.CancelledError:
-            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
-                self.release(waiter.result())  # it was handed over in the same tick
+            self.give_up(boarding)
             raise
         finally:
             if timer is not None:
                 timer.cancel()
-            if state.flights.leave(flight, waiter):
-                flight.task.cancel()
+            self.leave(boarding)
 
-    def _expire(self, flight: Flight, waiter: asyncio.Future[Any]) -> None:
+    def _expire(self, boarding: Boarding) -> None:
+        flight, waiter = boarding
         if waiter.done():
             return
+        if flight.phase is Phase.STARVED:
+            waiter.set_exception(self._state.no_room(flight.key, flight.needed, "the timeout"))
+            return
+        goes_on = flight.phase is Phase.LOADING or len(flight.live_waiters()) > 1
+        what_follows = "the load goes on, and a later call may find it resident" if goes_on else "the load is given up"
         past = self._state.history.of(flight.key)
         waiter.set_exception(
             LoadTimeoutError(
-                f"{flight.key} is still {flight.phase.value}; the load goes on for others, and a later call may find "
-                "it resident. Give the first call more time, or preload().",
+                f"{flight.key} is still {flight.phase.value}; {what_follows}. "
+                "Give the first call more time, or preload().",
                 model=flight.key,
                 retry_after=past.load_seconds if past else None,
             )

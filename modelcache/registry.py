@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 import warnings
-from contextlib import AsyncExitStack, asynccontextmanager, nullcontext, suppress
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, Self
 
 from modelcache.cache.entry import State
@@ -24,6 +24,7 @@ from modelcache.errors import (
     WorkerCrashedError,
 )
 from modelcache.explaining import explain
+from modelcache.groups import Groups
 from modelcache.lease import Lease
 from modelcache.leasing import Leasing
 from modelcache.lifecycle import Lifecycle
@@ -116,7 +117,7 @@ class ModelRegistry:
         self._leasing = Leasing(self._state, self._loader, self._life, retain=retain)
         self._starting: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
-        self._groups = asyncio.Lock()
+        self._groups = Groups(self._state, self._loader, self._leasing, self._life)
         self._background: set[asyncio.Task[Any]] = set()
 
     # From start to close
@@ -180,6 +181,7 @@ class ModelRegistry:
         """Cancel all loads; a store that does not let go of one is not waited for for ever."""
         for flight in self._state.flights.airborne:
             flight.task.cancel()
+        self._groups.close()
         tasks = {*self._loader.tasks, *self._background}
         if tasks:
             await asyncio.wait(tasks, timeout=_STORE_PATIENCE)
@@ -267,7 +269,7 @@ class ModelRegistry:
                 self._life.check()  # perhaps it was ended by close()
                 call.lost = error.epitaph
             else:
-                self._loader.acquit(entry)
+                self._loader.quarantine.acquit(entry)
                 return answer
             finally:
                 self._leasing.release(entry)
@@ -334,15 +336,22 @@ class ModelRegistry:
     async def acquire_many(self, names: Sequence[str]) -> AsyncIterator[list[Lease]]:
         """Hold several models resident together; gives their leases in the order of ``names``.
 
-        Models are taken one after another, and given back if one of them fails. Groups that have to load something are
-        put together one at a time: two of them, each holding half of what it needs, would wait for each other for ever.
-        A group that does not fit beside what others hold raises BudgetTimeoutError.
+        All or none: nothing is held, and nothing evicted, before there is room for all of them. ModelTooLargeError if
+        they can never fit together; BudgetTimeoutError if leases and pins of others leave no room for them within
+        ``load_timeout``. Models that were never loaded are asked for twice: for their sizes first.
         """
-        all_resident = all(self._leasing.find(name) for name in names)
-        async with AsyncExitStack() as stack:
-            async with nullcontext() if all_resident else self._groups:
-                leases = [await stack.enter_async_context(self.acquire(name)) for name in names]
+        if isinstance(names, str):
+            raise TypeError(
+                f"acquire_many takes several names: write acquire_many([{names!r}]), or acquire({names!r})."
+            )
+        await self.start()
+        leases = [Lease(self, entry) for entry in await self._groups.take([check_name(name) for name in names])]
+        try:
             yield leases
+        finally:
+            for lease in leases:
+                lease.held = False
+                self._leasing.release(lease.entry)
 
     # Residency
 
@@ -393,7 +402,7 @@ class ModelRegistry:
         async with self.acquire(name) as lease:
             if lease.entry.state is State.READY:  # else it was unloaded while it loaded
                 self._state.pinned.add(lease.name)
-                self._state.ledger.pin(lease.entry)
+                self._state.retire(self._state.ledger.pin(lease.entry))
             return lease.model
 
     def unpin(self, name: str) -> None:
@@ -455,7 +464,7 @@ class ModelRegistry:
 
     def _worker_lost(self, worker: Worker, epitaph: Epitaph) -> None:
         if epitaph.crashed:
-            self._loader.suspect(worker)
+            self._loader.quarantine.suspect(worker)
         lost = self._state.lose(worker)
         if not self._life.closed:
             self._state.emit(WorkerDied(epitaph.pid, epitaph.signal, epitaph.exit_code, lost))

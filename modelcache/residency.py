@@ -20,6 +20,7 @@ from modelcache.cache.flight import Flights
 from modelcache.cache.ledger import Ledger
 from modelcache.cache.sizes import SizeBook
 from modelcache.counters import Counters
+from modelcache.errors import BudgetTimeoutError
 from modelcache.history import History
 from modelcache.records import (
     Event,
@@ -29,6 +30,7 @@ from modelcache.records import (
     ModelLoaded,
     RegistryStats,
 )
+from modelcache.sizing import show_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -147,6 +149,16 @@ class Residency:
         self.counters.load_failures += 1
         self.history.failed(key, error, self.clock())
         self.emit(LoadFailed(key, error))
+
+    def no_room(self, name: str, needed: int, time: str) -> BudgetTimeoutError:
+        """Return the error for bytes that leases and pins have held for all of ``time``."""
+        holders = self.ledger.holders()
+        return BudgetTimeoutError(
+            f"No room for the {show_bytes(needed)} of {name} within {time}: the bytes are held by leases and pins of "
+            f"{', '.join(holders[:10]) or 'models that are being loaded'}. Release or unpin one, or raise "
+            "memory_budget.",
+            model=name, needed=needed, holders=holders,
+        )  # fmt: skip
 
     def info(self, entry: Entry[Resident]) -> ModelInfo:
         """Describe a resident model."""

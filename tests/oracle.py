@@ -33,6 +33,8 @@ def check_ledger(ledger: Ledger, *, shrunk: bool = False, lost_leases: int = 0) 
     assert ledger.resident == sum(entry.size for entry in ready + detached)
     assert ledger.unloading == sum(entry.size for entry in unloading)
     assert ledger.idle == sum(entry.size for entry in ready if not entry.pins)
+    assert ledger.pinned == sum(entry.size for entry in ready if entry.pinned)
+    assert not any(entry.pinned for entry in leaving)
     assert ledger.leases == sum(entry.leases for entry in ready + leaving) + lost_leases
     assert min(ledger.resident, ledger.reserved, ledger.unloading, ledger.idle, ledger.leases) >= 0
     assert all(claim.state == "queued" for claim in ledger.queue)
@@ -66,6 +68,7 @@ def check_gone(registry: ModelRegistry) -> None:
     assert not ledger.table
     assert not ledger.leaving
     assert not ledger.queue
+    assert not ledger.parked
     assert not state.flights.airborne
     assert not state.flights.by_key
     assert not registry._pool.workers

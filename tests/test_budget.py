@@ -23,6 +23,7 @@ from modelcache import (
     ModelLoaded,
     ModelTooLargeError,
 )
+from modelcache.cache.sizes import Bounds
 
 if TYPE_CHECKING:
     from conftest import MakeRegistry
@@ -217,61 +218,91 @@ async def test_a_load_that_waits_in_vain_names_the_holders(make_registry: MakeRe
     await shrink_to(registry, "m0", "m1")
     await registry.pin("m0")
     async with registry.acquire("m1"):
-        registry._loader._timeout = 0.05
+        registry._loader.timeout = 0.05
         with pytest.raises(
             BudgetTimeoutError, match=r"held by leases and pins of m0, m1\. Release or unpin one"
         ) as error:
             await registry.predict("m2", ROWS)
     assert (error.value.model, error.value.holders) == ("m2", ("m0", "m1"))
     assert error.value.needed > 0
-    registry._loader._timeout = 60
+    registry._loader.timeout = 60
     await assert_answers(registry, "m2")
 
 
-async def test_groups_that_would_deadlock_take_turns(make_registry: MakeRegistry) -> None:
-    """L4: groups of two, with room for one group, take turns; none waits for ever with half of what it needs."""
+async def test_a_caller_whose_time_runs_out_for_want_of_bytes_hears_whose_they_are(make_registry: MakeRegistry) -> None:
+    """L4: the caller's own timeout names the holders just as load_timeout does, and leaves the queue as it found it."""
     registry = await make_registry(fleet_store())
     await shrink_to(registry, "m0", "m1")
-    order: list[str] = []
-
-    async def use(first: str, second: str) -> None:
-        async with registry.acquire_many([first, second]) as leases:
-            assert [lease.name for lease in leases] == [first, second]
-            await settle()
-            for lease in leases:
-                assert np.array_equal(await lease.predict(ROWS), FLEET[lease.name].expected(ROWS))
-            order.append(first + second)
-
-    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
-        for pair in (("m0", "m1"), ("m2", "m3"), ("m3", "m2")):
-            group.create_task(use(*pair))
-    assert order == ["m0m1", "m2m3", "m3m2"]
-    assert registry._state.ledger.leases == 0
+    await registry.pin("m0")
+    async with registry.acquire("m1"):
+        patient = asyncio.create_task(registry.predict("m2", ROWS))
+        while not registry._state.ledger.queue:
+            await asyncio.sleep(0)
+        with pytest.raises(
+            BudgetTimeoutError, match=r"within the timeout: .* held by leases and pins of m0, m1"
+        ) as error:
+            await registry.predict("m2", ROWS, timeout=0.01)
+        assert (error.value.model, error.value.holders) == ("m2", ("m0", "m1"))
+    assert np.array_equal(await patient, FLEET["m2"].expected(ROWS))
 
 
-async def test_a_group_that_never_fits_says_so(make_registry: MakeRegistry) -> None:
-    """L4: a group larger than the budget gets BudgetTimeoutError, which names its own leases, and holds nothing."""
-    registry = await make_registry(fleet_store())
+async def test_a_load_that_pins_leave_no_room_for_disturbs_nobody(make_registry: MakeRegistry) -> None:
+    """L2, L3: it waits with neither a slot nor a place in the queue; others come and go; unpin lets it load."""
+    registry = await make_registry(fleet_store(), load_concurrency=1)
     await shrink_to(registry, "m0", "m1")
-    await registry.load("m0")
+    store = registry._store
+    assert isinstance(store, MemoryStore)
+    big = zoo.model(trees=35)
+    store.put("big.ubj", big.ubj)
+    await registry.load("big")  # from now on its size is known
+    await registry.pin("m0")
     await registry.load("m1")
-    registry._loader._timeout = 0.05
-    with pytest.raises(BudgetTimeoutError) as caught:
-        async with registry.acquire_many(["m0", "m1", "m2"]):
-            raise AssertionError("unreachable")
-    assert (caught.value.model, caught.value.holders) == ("m2", ("m0", "m1"))
-    assert registry._state.ledger.leases == 0
+    call = asyncio.create_task(registry.predict("big", ROWS))
+    while not registry._state.ledger.parked:
+        await asyncio.sleep(0)
+    assert "m1" in resident(registry), "evicting it would not make room enough"
+    assert "big is cold and waiting for bytes now" in registry.explain("big")
+    for name in list(FLEET)[1:] * 3:
+        await assert_answers(registry, name)
+    assert not call.done()
+    registry.unpin("m0")
+    assert np.array_equal(await call, big.expected(ROWS))
 
 
-async def test_a_group_that_fails_holds_nothing(make_registry: MakeRegistry) -> None:
-    """L4: acquire_many is all or nothing: with one name missing no lease is left, and the next group can form."""
+async def test_a_load_that_parks_is_dropped_with_its_last_caller(make_registry: MakeRegistry) -> None:
+    """F9, L4: nobody waits any more, by cancellation or by timeout, and nothing is left of it; load_timeout ends it."""
     registry = await make_registry(fleet_store())
-    with pytest.raises(LookupError):
-        async with registry.acquire_many(["m0", "absent"]):
-            raise AssertionError("unreachable")
-    assert registry._state.ledger.leases == 0
-    async with registry.acquire_many(["m0", "m0"]) as leases:
-        assert [lease.name for lease in leases] == ["m0", "m0"]
+    await shrink_to(registry, "m0")
+    await registry.pin("m0")
+    call = asyncio.create_task(registry.predict("m1", ROWS))
+    while not registry._state.ledger.parked:
+        await asyncio.sleep(0)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    await settle()
+    assert not registry._state.ledger.parked
+    assert not registry._state.flights.airborne
+    registry._loader.timeout = 0.05
+    with pytest.raises(BudgetTimeoutError, match=r"within 0.05 s \(load_timeout\): .* held by leases and pins of m0"):
+        await registry.predict("m1", ROWS)
+    assert not registry._state.ledger.parked
+
+
+async def test_a_smaller_budget_refuses_a_load_that_parks(make_registry: MakeRegistry) -> None:
+    """L3: what waits for an unpin could not load after it."""
+    registry = await make_registry(fleet_store())
+    await shrink_to(registry, "m0")
+    await registry.pin("m0")
+    call = asyncio.create_task(registry.predict("m1", ROWS))
+    while not registry._state.ledger.parked:
+        await asyncio.sleep(0)
+    registry.resize(100)
+    with pytest.raises(ModelTooLargeError):
+        await call
+    registry.unpin("m0")
+    while registry.stats().bytes_unloading:
+        await asyncio.sleep(0)
 
 
 # The budget changes
@@ -331,7 +362,7 @@ async def test_nothing_lands_in_a_worker_that_has_ended(make_registry: MakeRegis
     (other_worker,) = (await registry.load(small)).workers
     assert its_worker != other_worker
     registry._state.sizes._known.clear()
-    registry._state.sizes.upper = lambda unpacked, suffix: unpacked // 2  # type: ignore[method-assign]
+    registry._state.sizes.bounds = lambda unpacked, suffix: Bounds(0, unpacked // 2)  # type: ignore[method-assign]
     psutil.Process(its_worker).suspend()
     call = asyncio.create_task(registry.predict(late, ROWS))
     while not registry.stats().bytes_unloading:  # it has loaded, and takes more than was reserved

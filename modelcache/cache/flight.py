@@ -21,30 +21,51 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from modelcache.cache.ledger import Waiter
+    from modelcache.cache.claims import Claim, Waiter
     from modelcache.errors import ModelCacheError
 
 
 class Phase(Enum):
     """What a flight is doing; the message of a timeout names it."""
 
-    QUEUED = "waiting for a load slot or for bytes"
+    QUEUED = "waiting for a load slot"
+    STARVED = "waiting for bytes"
     LOADING = "loading"
+
+
+class RegroupError(Exception):
+    """A load that a group waits for has to queue for bytes: the group must hold nothing meanwhile.
+
+    ``key`` takes ``needed`` bytes, as far as is known by now.
+    """
+
+    def __init__(self, key: str, needed: int) -> None:
+        super().__init__(key, needed)
+        self.key = key
+        self.needed = needed
 
 
 class Flight:
     """A load under way and those who wait for it."""
 
-    __slots__ = ("key", "listed", "needed", "phase", "task", "waiters")
+    __slots__ = ("claim", "group_waiters", "key", "listed", "needed", "phase", "reserve", "scouts", "task", "waiters")
 
-    def __init__(self, key: str) -> None:
+    def __init__(self, key: str, *, scouts: bool = False) -> None:
         self.key = key
+        self.scouts = scouts
+        """True if it is to find out what the model takes, and not to load it."""
         self.phase = Phase.QUEUED
-        self.listed = True
+        self.listed = not scouts
         """False once the model was unloaded: what lands is for the present waiters only."""
         self.needed = 0
         """Bytes it has claimed, or waits for."""
+        self.claim: Claim | None = None
+        """Its claim to them, queued or granted."""
+        self.reserve: Claim | None = None
+        """Bytes granted to a group that waits for it: for the claim it has yet to make."""
         self.waiters: set[Waiter] = set()
+        self.group_waiters: set[Waiter] = set()
+        """Those of them that hold other models meanwhile."""
         self.task: Any = None
         """The task that flies it; kept here, since an event loop holds tasks weakly."""
 
@@ -75,13 +96,21 @@ class Flights:
         flight.waiters.add(waiter)
         return flight, is_new
 
+    def scout(self, key: str, waiter: Waiter) -> Flight:
+        """Make a flight that nobody else joins: it finds out what ``key`` takes, and tells ``waiter``."""
+        flight = Flight(key, scouts=True)
+        flight.waiters.add(waiter)
+        self.airborne.add(flight)
+        return flight
+
     def leave(self, flight: Flight, waiter: Waiter) -> bool:
         """Stop waiting; True says that nobody is left for a load that has not begun, and its task is to be cancelled.
 
         A load that has begun goes on: its model stays, so that callers with little patience get it in the end.
         """
         flight.waiters.discard(waiter)
-        if flight.live_waiters() or flight.phase is Phase.LOADING or flight not in self.airborne:
+        has_begun = flight.phase is Phase.LOADING and not flight.scouts
+        if flight.live_waiters() or has_begun or flight not in self.airborne:
             return False
         self.end(flight)
         return True
@@ -92,10 +121,30 @@ class Flights:
         self.end(flight)
         return waiters
 
+    def report(self, flight: Flight, finding: Any) -> None:
+        """End a flight that scouted, and tell who waits what it found."""
+        for waiter in self.land(flight):
+            waiter.set_result(finding)
+
     def fail(self, flight: Flight, error: ModelCacheError) -> None:
         """End a flight that failed; each waiter gets an exception of its own, caused by this one attempt's."""
         for waiter in self.land(flight):
             waiter.set_exception(error.fresh())
+
+    def starve(self, flight: Flight) -> bool:
+        """A flight has to wait for bytes; False, and it has ended, if nobody waits for it any more.
+
+        Groups are sent away: they hold other models, and must not do so while this one queues.
+        """
+        flight.phase = Phase.STARVED
+        for waiter in flight.group_waiters:
+            if not waiter.done():
+                waiter.set_exception(RegroupError(flight.key, flight.needed))
+        flight.group_waiters.clear()
+        if flight.live_waiters():
+            return True
+        self.end(flight)
+        return False
 
     def detach(self, key: str) -> Flight | None:
         """Let nobody join the flight of ``key`` any more, and keep what it loads out of the table."""
@@ -110,3 +159,4 @@ class Flights:
             del self.by_key[flight.key]
         self.airborne.discard(flight)
         flight.waiters = set()
+        flight.group_waiters = set()

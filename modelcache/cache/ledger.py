@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict, deque
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
+from modelcache.cache.claims import Claim, GroupClaim
 from modelcache.cache.entry import Entry, State
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
+    from modelcache.cache.claims import Table, Waiter
     from modelcache.cache.policies import EvictionPolicy
     from modelcache.records import EvictionCause
 
@@ -28,45 +30,6 @@ logger = logging.getLogger("modelcache")
 
 _MOST_OVERTAKINGS = 16
 """How often a claim that waits for leases may be passed by smaller ones that need no eviction."""
-
-
-class Waiter(Protocol):
-    """The part of a future that the cache uses; it never awaits one."""
-
-    def done(self) -> bool:
-        """Return True once it has a result, an error, or was cancelled."""
-        ...
-
-    def set_result(self, result: Any, /) -> None:
-        """Resolve it."""
-        ...
-
-    def set_exception(self, exception: BaseException, /) -> None:
-        """Fail it."""
-        ...
-
-
-class Claim:
-    """Bytes that a load asks for: queued first, then granted, and in the end settled or given back."""
-
-    __slots__ = ("bytes", "grows", "key", "overtaken", "state", "waiter")
-
-    def __init__(self, key: str, size: int, waiter: Waiter, grows: Claim | None = None) -> None:
-        self.key = key
-        self.bytes = size
-        self.waiter = waiter
-        self.grows = grows
-        """The granted claim that this one is to enlarge."""
-        self.state = "queued"
-        self.overtaken = 0
-
-    @property
-    def granted(self) -> bool:
-        """True between the grant and the settlement."""
-        return self.state == "granted"
-
-    def __repr__(self) -> str:
-        return f"<Claim {self.key} {self.bytes} B {self.state}>"
 
 
 Retired = list[Entry[Any]]
@@ -85,12 +48,16 @@ class Ledger:
         self.resident = self.reserved = self.unloading = 0
         self.idle = 0
         """Bytes of entries in the table that have no lease and no pin: what could be evicted."""
+        self.pinned = 0
+        """Bytes of entries in the table that are pinned."""
         self.leases = 0
-        self.table: OrderedDict[str, Entry[Any]] = OrderedDict()
+        self.table: Table = OrderedDict()
         """Least recently used first."""
         self.leaving: set[Entry[Any]] = set()
         """Entries out of the table whose bytes are not free yet."""
         self.queue: deque[Claim] = deque()
+        self.parked: dict[Waiter, int] = {}
+        """Who waits for that much room beside what is pinned."""
         self.policy: EvictionPolicy | None = policy
         self._clock = clock
 
@@ -104,17 +71,44 @@ class Ledger:
         """Bytes to grant; negative for a while after the budget was made smaller."""
         return self.budget - self.charged
 
+    @property
+    def room(self) -> int:
+        """Bytes that are not pinned: what a claim can get at most, when all leases have ended."""
+        return self.budget - self.pinned
+
+    def holders(self) -> tuple[str, ...]:
+        """Return the names of those that leases and pins keep, sorted."""
+        return tuple(sorted({entry.key for entry in [*self.table.values(), *self.leaving] if entry.pins}))
+
     # Claims: bytes for a load
 
     def claim(self, key: str, size: int, waiter: Waiter) -> tuple[Claim, Retired]:
         """Queue for ``size`` bytes, first come, first served; ``waiter`` gets True when they are granted.
 
-        The caller has checked that ``size`` is not beyond the whole budget; ``waiter`` gets False if a smaller budget
-        puts it there.
+        It gets False if ``size`` is beyond the room that pins leave, now or by the time it is its turn.
         """
         claim = Claim(key, size, waiter)
         self.queue.append(claim)
         return claim, self._pump()
+
+    def claim_together(self, needs: Mapping[str, int], waiter: Waiter) -> tuple[GroupClaim, Retired]:
+        """Queue for leases on those of ``needs`` that are resident, and the bytes given there for each of the others.
+
+        ``waiter`` gets True when all are granted, or False, as for :meth:`claim`.
+        """
+        claim = GroupClaim(needs, waiter)
+        self.queue.append(claim)
+        return claim, self._pump()
+
+    def wait_for_room(self, size: int, waiter: Waiter) -> None:
+        """Give ``waiter`` True when there is room for ``size`` bytes, or the budget is smaller than that."""
+        self.parked[waiter] = size
+
+    def refuse(self, claim: Claim) -> Retired:
+        """Let a claim that is still queued go unsatisfied: its waiter gets False."""
+        if claim.queued:
+            self._refuse(claim)
+        return self._pump()
 
     def grow(self, claim: Claim, size: int, waiter: Waiter) -> Retired:
         """Enlarge a granted ``claim`` to ``size`` bytes; ``waiter`` gets True, or False if that must not be awaited.
@@ -128,17 +122,17 @@ class Ledger:
 
     def give_back(self, claim: Claim) -> Retired:
         """End a claim that will not be settled, queued or granted; harmless when it has ended."""
-        for growth in [waiting for waiting in self.queue if waiting.grows is claim]:
-            self._refuse(growth)
+        self._refuse_growth(claim)
         if claim.granted:
             self.reserved -= claim.bytes
-        elif claim in self.queue:
+        elif claim.queued:
             self.queue.remove(claim)
         claim.state = "ended"
         return self._pump()
 
     def abandon(self, claim: Claim, value: Any) -> Retired:
         """Turn a granted claim into an entry to be unloaded: its load was given up, and may have taken the bytes."""
+        self._refuse_growth(claim)
         entry = Entry(claim.key, value, size=claim.bytes, cost=0.0)
         self.reserved -= claim.bytes
         self.unloading += claim.bytes
@@ -160,9 +154,11 @@ class Ledger:
         entry.last_used = self._clock()
         if not listed:
             return self._remove(entry, "unload") + self._pump()
-        replaced = self.detach(entry.key, "replaced")
+        old = self.table.get(entry.key)
+        replaced = [] if old is None else self._remove(old, "replaced")
         self.table[entry.key] = entry
         self.idle += 0 if entry.pins else entry.size
+        self.pinned += entry.size if entry.pinned else 0
         self._tell("insert", entry)
         return replaced + self._pump()
 
@@ -189,32 +185,33 @@ class Ledger:
 
     def release(self, entry: Entry[Any]) -> Retired:
         """End a lease; the last one retires a detached entry."""
-        entry.leases -= 1
-        self.leases -= 1
+        self._end_lease(entry)
         if entry.pins:
             return []
         if entry.state is State.READY:
-            self.idle += entry.size
             return self._pump() if self.queue or self.free < 0 else []
         if entry.state is State.DETACHED:
             self._start_unloading(entry)
             return [entry, *self._pump()]
         return []
 
-    def pin(self, entry: Entry[Any]) -> None:
+    def pin(self, entry: Entry[Any]) -> Retired:
         """Never evict ``entry`` until :meth:`unpin`; harmless when done twice, or when it has left the table."""
-        if entry.state is not State.READY:
-            return  # a pin would keep it for ever: nobody finds it any more to unpin it
-        if not entry.pins:
+        if entry.state is not State.READY or entry.pinned:
+            return []  # outside of the table a pin would last for ever: nobody finds the entry to unpin it
+        if not entry.leases:
             self.idle -= entry.size
         entry.pinned = True
+        self.pinned += entry.size
+        return self._pump()
 
     def unpin(self, entry: Entry[Any]) -> Retired:
         """Let ``entry`` be evicted again; harmless when it is not pinned."""
         if not entry.pinned:
             return []
         entry.pinned = False
-        if not entry.leases and entry.state is State.READY:
+        self.pinned -= entry.size
+        if not entry.leases:
             self.idle += entry.size
         return self._pump()
 
@@ -223,7 +220,7 @@ class Ledger:
     def detach(self, key: str, cause: EvictionCause) -> Retired:
         """Take a key out of the table: unloaded now, or when its last lease ends."""
         entry = self.table.get(key)
-        return [] if entry is None else self._remove(entry, cause)
+        return [] if entry is None else self._remove(entry, cause) + self._pump()
 
     def acknowledge(self, entry: Entry[Any]) -> Retired:
         """The worker has freed a retired entry."""
@@ -250,63 +247,94 @@ class Ledger:
     def resize(self, budget: int) -> Retired:
         """Change the budget; what is over the new one is evicted now, or when the leases on it end."""
         self.budget = budget
-        for claim in [waiting for waiting in self.queue if waiting.bytes > budget]:
-            self._refuse(claim)
         return self._pump()
 
     # Steps inside a step
 
     def _pump(self) -> Retired:
         """Grant what fits, in order; evict for the first claim that does not, but never in vain."""
+        if self.parked:
+            self._wake_parked()
         retired = self._shed()
         while self.queue:
             head = self.queue[0]
+            wanted, kept = head.wanted(self.table), head.kept(self.table)
             if head.waiter.done():  # its load has gone
-                self.queue.popleft()
-            elif head.bytes <= self.free:
+                self._refuse(head)
+            elif wanted <= self.free:
                 self.queue.popleft()
                 self._grant(head)
-            elif head.bytes > self.free + self.unloading + self.idle:
-                if not head.grows:
+            elif wanted > self.free + self.unloading + self.idle - _idle(kept):
+                if not head.grows and self._may_come_to_fit(head):
                     self._let_smaller_pass(head)
                     break
                 self._refuse(head)
             else:
-                retired += self._evict(head.bytes - self.free - self.unloading, head.key)
+                retired += self._evict(wanted - self.free - self.unloading, head)
                 break  # until the workers acknowledge
         return retired
+
+    def _wake_parked(self) -> None:
+        for waiter, size in tuple(self.parked.items()):
+            if waiter.done() or size <= self.room or size > self.budget:
+                del self.parked[waiter]
+                if not waiter.done():
+                    waiter.set_result(True)
+
+    def _may_come_to_fit(self, head: Claim) -> bool:
+        """Say whether the end of leases can make room; it cannot take the place of pins, nor of the head's own."""
+        kept = sum(entry.size for entry in head.kept(self.table) if not entry.pinned)
+        return head.wanted(self.table) + kept <= self.room
 
     def _shed(self) -> Retired:
         """Evict what a smaller budget has no room for, as far as leases and pins let it."""
         return self._evict(min(self.resident + self.reserved - self.budget, self.idle), None)
 
-    def _evict(self, wanted: int, displaced_by: str | None) -> Retired:
+    def _evict(self, wanted: int, head: Claim | None) -> Retired:
+        """Retire idle entries of ``wanted`` bytes together, but none that ``head`` needs."""
         retired: Retired = []
+        kept = head.kept(self.table) if head is not None else []
+        for entry in kept:
+            self.lease(entry)
         while wanted > 0:
             victim = self._victim()
-            victim.displaced_by = displaced_by
+            victim.displaced_by = head.key if head is not None else None
             wanted -= victim.size
             retired += self._remove(victim, "budget")
+        for entry in kept:
+            self._end_lease(entry)
         return retired
 
     def _let_smaller_pass(self, head: Claim) -> None:
         """Grant later claims that fit as it is: bytes must not lie idle behind a claim that waits for a lease."""
-        for claim in [later for later in self.queue if later.bytes <= self.free]:
+        for claim in [later for later in self.queue if later.wanted(self.table) <= self.free]:
             if head.overtaken >= _MOST_OVERTAKINGS:
                 return
-            if claim.bytes <= self.free and not claim.waiter.done():
+            if claim.wanted(self.table) <= self.free and not claim.waiter.done():
                 head.overtaken += 1
                 self.queue.remove(claim)
                 self._grant(claim)
 
     def _grant(self, claim: Claim) -> None:
-        self.reserved += claim.bytes
-        if claim.grows:
+        self.reserved += claim.wanted(self.table)
+        claim.state = "ended"
+        if isinstance(claim, GroupClaim):
+            self._share_out(claim)
+        elif claim.grows:
             claim.grows.bytes += claim.bytes
-            claim.state = "ended"
         else:
             claim.state = "granted"
         claim.waiter.set_result(True)
+
+    def _share_out(self, group: GroupClaim) -> None:
+        group.leased = group.kept(self.table)
+        for entry in group.leased:
+            self.lease(entry)
+        for key, size in group.needs.items():
+            if key not in self.table:
+                part = Claim(key, size, group.waiter)
+                part.state = "granted"
+                group.parts.append(part)
 
     def _refuse(self, claim: Claim) -> None:
         self.queue.remove(claim)
@@ -314,9 +342,18 @@ class Ledger:
         if not claim.waiter.done():
             claim.waiter.set_result(False)
 
+    def _refuse_growth(self, claim: Claim) -> None:
+        for growth in [waiting for waiting in self.queue if waiting.grows is claim]:
+            self._refuse(growth)
+
+    def _end_lease(self, entry: Entry[Any]) -> None:
+        entry.leases -= 1
+        self.leases -= 1
+        if not entry.pins and entry.state is State.READY:
+            self.idle += entry.size
+
     def _remove(self, entry: Entry[Any], cause: EvictionCause) -> Retired:
         self._unlist(entry, cause)
-        entry.pinned = False
         self.leaving.add(entry)
         entry.state = State.DETACHED
         if entry.leases:
@@ -329,6 +366,8 @@ class Ledger:
         if self.table.get(entry.key) is entry:
             del self.table[entry.key]
             self.idle -= 0 if entry.pins else entry.size
+            self.pinned -= entry.size if entry.pinned else 0
+            entry.pinned = False
             self._tell("remove", entry)
 
     def _start_unloading(self, entry: Entry[Any]) -> None:
@@ -371,3 +410,7 @@ class Ledger:
             exc_info=error,
         )
         self.policy = None
+
+
+def _idle(entries: list[Entry[Any]]) -> int:
+    return sum(entry.size for entry in entries if not entry.pins)

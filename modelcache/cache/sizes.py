@@ -8,6 +8,7 @@ measured heap to unpacked bytes of a format plus two standard deviations, and ne
 from __future__ import annotations
 
 from math import ceil, sqrt
+from typing import NamedTuple
 
 from cachetools import LRUCache
 
@@ -22,6 +23,13 @@ _FIXED = 32 << 10
 
 _SURELY = 0.8
 """Heap per unpacked byte below which no model has been seen: JSON begins at 0.98, UBJSON at 1.28."""
+
+
+class Bounds(NamedTuple):
+    """What a model takes, in bytes."""
+
+    least: int
+    most: int
 
 
 class _Spread:
@@ -60,13 +68,9 @@ class SizeBook:
         known: tuple[int, int] | None = self._known.get((key, version))
         return known[1] if known else 0
 
-    def upper(self, unpacked: int, suffix: str) -> int:
-        """Return the bytes to reserve for a model of ``unpacked`` bytes."""
-        return ceil(unpacked * self._ratio(suffix)) + _FIXED
-
-    def lower(self, unpacked: int) -> int:
-        """Return the bytes that a model of ``unpacked`` bytes takes at least."""
-        return int(unpacked * _SURELY)
+    def bounds(self, unpacked: int, suffix: str) -> Bounds:
+        """Return what a model of ``unpacked`` bytes takes; the upper bound is what to reserve."""
+        return Bounds(int(unpacked * _SURELY), ceil(unpacked * self._ratio(suffix)) + _FIXED)
 
     def unpacked_within(self, reserved: int, suffix: str) -> int:
         """Return the unpacked size that ``reserved`` bytes are enough for."""

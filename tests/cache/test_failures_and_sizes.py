@@ -130,9 +130,9 @@ def learned(ratios: list[float], suffix: str = ".ubj", unpacked: int = 1_000_000
 
 def test_before_anything_is_learned_the_ratio_is_that_of_common_models() -> None:
     """L2: 1.7 times the unpacked bytes, and 32 KiB; a few loads are no reason to think otherwise."""
-    assert SizeBook().upper(1_000_000, ".ubj") == 1_700_000 + FIXED
-    assert learned([1.2] * (FEW - 1)).upper(1_000_000, ".ubj") == 1_700_000 + FIXED
-    assert learned([1.2] * FEW).upper(1_000_000, ".ubj") < 1_700_000
+    assert SizeBook().bounds(1_000_000, ".ubj").most == 1_700_000 + FIXED
+    assert learned([1.2] * (FEW - 1)).bounds(1_000_000, ".ubj").most == 1_700_000 + FIXED
+    assert learned([1.2] * FEW).bounds(1_000_000, ".ubj").most < 1_700_000
 
 
 @given(st.lists(st.floats(1.0, 4.0), min_size=FEW, max_size=50))
@@ -140,12 +140,12 @@ def test_before_anything_is_learned_the_ratio_is_that_of_common_models() -> None
 def test_the_ratio_is_the_mean_and_two_deviations(ratios: list[float]) -> None:
     """L2: as the statistics module has it, in one pass."""
     expected = max(1.0, mean(ratios) + 2 * stdev(ratios))
-    assert learned(ratios).upper(1_000_000, ".ubj") == pytest.approx(expected * 1_000_000 + FIXED, abs=10)
+    assert learned(ratios).bounds(1_000_000, ".ubj").most == pytest.approx(expected * 1_000_000 + FIXED, abs=10)
 
 
 def test_the_ratio_is_never_below_one() -> None:
     """L2: models that took next to nothing do not make the next reservation meaningless."""
-    assert learned([0.1] * 20).upper(1_000_000, ".ubj") == 1_000_000 + FIXED
+    assert learned([0.1] * 20).bounds(1_000_000, ".ubj").most == 1_000_000 + FIXED
 
 
 def test_a_model_smaller_than_the_fixed_bytes_counts_as_nothing() -> None:
@@ -155,14 +155,14 @@ def test_a_model_smaller_than_the_fixed_bytes_counts_as_nothing() -> None:
         book.learn(f"tiny{number}", "1", ".ubj", unpacked=number, measured=50)
     ratios = [1.5] * FEW + [0.0] * FEW
     expected = (mean(ratios) + 2 * stdev(ratios)) * 1_000_000 + FIXED
-    assert book.upper(1_000_000, ".ubj") == pytest.approx(expected, abs=1)
+    assert book.bounds(1_000_000, ".ubj").most == pytest.approx(expected, abs=1)
 
 
 def test_formats_are_learned_apart() -> None:
     """L2: JSON takes another ratio than UBJSON."""
     book = learned([2.5] * FEW, ".json")
-    assert book.upper(1_000_000, ".json") == pytest.approx(2_500_000 + FIXED, abs=1)
-    assert book.upper(1_000_000, ".ubj") == 1_700_000 + FIXED
+    assert book.bounds(1_000_000, ".json").most == pytest.approx(2_500_000 + FIXED, abs=1)
+    assert book.bounds(1_000_000, ".ubj").most == 1_700_000 + FIXED
 
 
 def test_what_a_version_took_is_known() -> None:
@@ -181,11 +181,11 @@ def test_what_a_version_took_is_known() -> None:
 def test_bounds_contain_each_other(ratios: list[float], unpacked: int) -> None:
     """L2, L6: the lower bound is below the upper one, and a reservation is enough for what it was made for."""
     book = learned(ratios)
-    upper = book.upper(unpacked, ".ubj")
-    assert book.lower(unpacked) <= unpacked <= upper - FIXED
+    upper = book.bounds(unpacked, ".ubj").most
+    assert book.bounds(unpacked, ".ubj").least <= unpacked <= upper - FIXED
     within = book.unpacked_within(upper, ".ubj")
     assert within >= unpacked
-    assert book.upper(within, ".ubj") <= upper + 1
+    assert book.bounds(within, ".ubj").most <= upper + 1
 
 
 def test_a_small_reservation_is_enough_for_something() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 import oracle
 from modelcache.cache.entry import Entry, State
-from modelcache.cache.flight import Flight, Flights, Phase
+from modelcache.cache.flight import Flight, Flights, Phase, RegroupError
 from modelcache.cache.ledger import Ledger
 from modelcache.cache.policies import LRUPolicy
 from modelcache.errors import CorruptArtifactError, LoadTimeoutError, StoreUnavailableError
@@ -284,4 +284,61 @@ def test_a_flight_describes_itself(flights: Flights) -> None:
     """Its repr shows what a debugger wants to know, and its phase what a timeout message says."""
     caller = Caller(flights)
     assert repr(caller.flight) == "<Flight a queued, 1 waiting>"
-    assert caller.flight.phase.value == "waiting for a load slot or for bytes"
+    assert caller.flight.phase.value == "waiting for a load slot"
+
+
+# Groups, and flights that find out a size
+
+
+def test_a_flight_that_starves_sends_groups_away(flights: Flights) -> None:
+    """L3: a group holds other models; callers that hold nothing wait on."""
+    caller, member = Caller(flights), Caller(flights)
+    flight = caller.flight
+    flight.group_waiters.add(member.waiter)
+    flight.needed = 70
+    assert flights.starve(flight)
+    error = member.waiter.exception(timeout=0)
+    assert isinstance(error, RegroupError)
+    assert (error.key, error.needed) == ("a", 70)
+    assert not caller.waiter.done()
+    assert flight.phase is Phase.STARVED
+    assert flights.leave(flight, caller.waiter), "it is dropped with its last caller"
+
+
+def test_a_flight_that_starves_with_nobody_left_has_ended(flights: Flights) -> None:
+    """F7, F9: in that very step, so that nobody joins it."""
+    member = Caller(flights)
+    member.flight.group_waiters.add(member.waiter)
+    assert not flights.starve(member.flight)
+    assert not flights.airborne
+    assert not flights.by_key
+    assert isinstance(member.waiter.exception(timeout=0), RegroupError)
+
+
+def test_a_group_member_that_has_its_answer_is_left_alone(flights: Flights) -> None:
+    """L3: one that was cancelled, for example."""
+    caller, member = Caller(flights), Caller(flights)
+    member.flight.group_waiters.add(member.waiter)
+    member.waiter.cancel()
+    assert flights.starve(caller.flight)
+    assert member.waiter.cancelled()
+
+
+def test_a_scout_is_joined_by_nobody(flights: Flights) -> None:
+    """F1: it loads nothing, so callers of its key start a flight; it reports to the one who sent it."""
+    waiter: Future[Any] = Future()
+    scout = flights.scout("a", waiter)
+    assert Caller(flights).flight is not scout
+    flights.report(scout, "finding")
+    assert waiter.result(timeout=0) == "finding"
+    assert scout not in flights.airborne
+    assert "a" in flights.by_key
+
+
+def test_a_scout_comes_home_when_nobody_waits(flights: Flights) -> None:
+    """F9: unlike a load that has begun, what it does is of no use to later callers."""
+    waiter: Future[Any] = Future()
+    scout = flights.scout("a", waiter)
+    scout.phase = Phase.LOADING
+    assert flights.leave(scout, waiter)
+    assert not flights.airborne

@@ -11,12 +11,13 @@ import pytest
 
 import oracle
 from modelcache.cache.entry import Entry, State
-from modelcache.cache.ledger import Claim, Ledger
+from modelcache.cache.ledger import Ledger
 from modelcache.cache.policies import Evictable, LRUPolicy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from modelcache.cache.claims import Claim, GroupClaim
     from modelcache.cache.policies import EvictionPolicy
 
     MakeLedger = Callable[..., Ledger]
@@ -57,6 +58,23 @@ class Queued:
     @property
     def granted(self) -> bool:
         return self.waiter.done() and not self.waiter.cancelled() and self.waiter.result()
+
+
+class Together:
+    """A claim for several models, as the group sees it."""
+
+    def __init__(self, ledger: Ledger, **needs: int) -> None:
+        self.waiter: Future[bool] = Future()
+        self.claim: GroupClaim
+        self.claim, self.retired = ledger.claim_together(needs, self.waiter)
+
+    @property
+    def granted(self) -> bool:
+        return self.waiter.done() and self.waiter.result()
+
+    @property
+    def parts(self) -> dict[str, int]:
+        return {part.key: part.bytes for part in self.claim.parts if part.granted}
 
 
 def load(ledger: Ledger, key: str, size: int, *, leases: int = 0, pinned: bool = False) -> Entry[str]:
@@ -212,20 +230,17 @@ def test_nobody_passes_a_claim_whose_bytes_are_on_their_way(ledger: Ledger) -> N
 # L3: nothing is evicted in vain
 
 
-@pytest.mark.parametrize("obstacle", ["lease", "pin", "load"])
+@pytest.mark.parametrize("obstacle", ["lease", "load"])
 def test_nobody_is_evicted_for_a_claim_that_has_to_wait_anyway(ledger: Ledger, obstacle: str) -> None:
-    """L3: while leases, pins or other loads hold what is missing, the idle models stay."""
+    """L3: while leases or other loads hold what is missing, the idle models stay."""
     idle = load(ledger, "idle", 30)
     if obstacle == "load":
         obstructing = Queued(ledger, "held", 50)
     else:
-        held = load(ledger, "held", 50, leases=obstacle == "lease", pinned=obstacle == "pin")
+        held = load(ledger, "held", 50, leases=1)
     queued = Queued(ledger, "a", 80)
     assert (queued.retired, idle.state) == ([], State.READY)
-    if obstacle == "load":
-        retired = ledger.give_back(obstructing.claim)
-    else:
-        retired = ledger.release(held) if obstacle == "lease" else ledger.unpin(held)
+    retired = ledger.give_back(obstructing.claim) if obstacle == "load" else ledger.release(held)
     assert keys(retired) == (["idle"] if obstacle == "load" else ["idle", "held"])
 
 
@@ -658,7 +673,224 @@ def test_entries_and_claims_describe_themselves(ledger: Ledger) -> None:
     """Their repr shows what a debugger wants to know."""
     entry = load(ledger, "a", 60, leases=2, pinned=True)
     assert repr(entry) == "<Entry a ready 60 B, 2 leases, pinned>"
-    assert repr(Queued(ledger, "b", 60).claim) == "<Claim b 60 B queued>"
+    assert repr(Queued(ledger, "b", 40).claim) == "<Claim b 40 B granted>"
+    assert repr(Together(ledger, a=60, c=40).claim) == "<GroupClaim a, c 100 B queued>"
+
+
+# L3: what is pinned is no room for anybody
+
+
+@pytest.fixture
+def pinned(ledger: Ledger) -> Entry[str]:
+    """A pin that leaves 40 of 100 bytes."""
+    return load(ledger, "pinned", 60, pinned=True)
+
+
+def test_a_claim_that_pins_leave_no_room_for_is_refused(ledger: Ledger, pinned: Entry[str]) -> None:
+    """L3: at once, instead of keeping the others waiting for an ``unpin`` that may never come; leases are awaited."""
+    idle = load(ledger, "idle", 30)
+    assert ledger.room == 40
+    refused = Queued(ledger, "a", 41)
+    assert refused.waiter.result(timeout=0) is False
+    assert idle.state is State.READY
+    ledger.lease(idle)
+    waiting = Queued(ledger, "b", 40)
+    assert not waiting.waiter.done()
+    assert ledger.release(idle) == [idle]
+    ledger.acknowledge(idle)
+    assert waiting.granted
+    ledger.give_back(waiting.claim)
+    ledger.unpin(pinned)
+
+
+def test_a_pin_refuses_what_waits_for_the_lease_under_it(ledger: Ledger) -> None:
+    """L2, L3: claims that wait for a lease are refused when what is leased is pinned, and block nobody any more."""
+    entry = load(ledger, "a", 50, leases=1)
+    large, small = Queued(ledger, "large", 60), Queued(ledger, "small", 55)
+    assert not large.waiter.done()
+    ledger.pin(entry)
+    assert large.waiter.result(timeout=0) is False
+    assert small.waiter.result(timeout=0) is False
+    assert Queued(ledger, "fits", 50).granted
+
+
+def test_who_parks_is_told_of_room(ledger: Ledger, pinned: Entry[str]) -> None:
+    """L3: by an ``unpin``, by an ``unload`` once its bytes are free, or by a larger budget."""
+    waiters: list[Future[bool]] = [Future() for _ in range(3)]
+    for size, waiter in zip((41, 61, 110), waiters, strict=True):
+        ledger.wait_for_room(size, waiter)
+    ledger.resize(101)
+    assert [waiter.done() for waiter in waiters] == [True, False, True], "110 bytes are beyond the budget: look again"
+    ledger.unpin(pinned)
+    assert all(waiter.result(timeout=0) for waiter in waiters)
+    assert not ledger.parked
+
+
+def test_an_unload_of_what_is_pinned_makes_room(ledger: Ledger, pinned: Entry[str]) -> None:
+    """L3, L5: a pin ends with its entry; who parks hears of it when the bytes are free."""
+    waiter: Future[bool] = Future()
+    ledger.wait_for_room(100, waiter)
+    (leaving,) = ledger.detach("pinned", "unload")
+    assert (ledger.pinned, leaving.pinned) == (0, False)
+    ledger.acknowledge(leaving)
+    assert waiter.result(timeout=0)
+
+
+def test_who_parks_no_more_is_forgotten(ledger: Ledger, pinned: Entry[str]) -> None:
+    """L3: a load that was given up while it parked."""
+    waiter: Future[bool] = Future()
+    ledger.wait_for_room(50, waiter)
+    waiter.cancel()
+    ledger.unpin(pinned)
+    assert not ledger.parked
+
+
+def test_holders_are_named(ledger: Ledger) -> None:
+    """L4: those with leases, also if they have been unloaded, and those with pins; once each, sorted."""
+    load(ledger, "idle", 10)
+    detached = load(ledger, "z", 10, leases=1)
+    ledger.detach("z", "unload")
+    replacement = load(ledger, "z", 10, leases=1)
+    load(ledger, "b", 10, pinned=True)
+    assert ledger.holders() == ("b", "z")
+    for entry in (detached, replacement):
+        for retired in ledger.release(entry):
+            ledger.acknowledge(retired)
+
+
+# Groups: all or nothing
+
+
+def test_a_group_gets_leases_and_bytes_in_one_step(ledger: Ledger) -> None:
+    """L3: what is resident is leased, and what is not is reserved, each part to be settled by itself."""
+    resident = load(ledger, "a", 30)
+    group = Together(ledger, a=30, b=20, c=10)
+    assert group.granted
+    assert group.claim.leased == [resident]
+    assert resident.leases == 1
+    assert group.parts == {"b": 20, "c": 10}
+    assert figures(ledger) == (30, 30, 0, 0)
+    entry = Entry("b", "", size=15, cost=1.0)
+    ledger.settle(group.claim.parts[0], entry)
+    ledger.give_back(group.claim.parts[1])
+    ledger.release(resident)
+    assert figures(ledger) == (45, 0, 0, 45)
+
+
+def test_a_group_holds_nothing_while_it_waits(ledger: Ledger) -> None:
+    """L3, L4: neither a lease on what is resident nor a byte, until it can have everything."""
+    mine, held = load(ledger, "a", 30), load(ledger, "held", 60, leases=1)
+    group = Together(ledger, a=30, b=20)
+    assert not group.waiter.done()
+    assert group.retired == []
+    assert (mine.leases, ledger.reserved) == (0, 0)
+    (retired,) = ledger.release(held)
+    assert mine.leases == 0
+    ledger.acknowledge(retired)
+    assert group.granted
+    assert (mine.leases, group.parts) == (1, {"b": 20})
+    ledger.give_back(group.claim.parts[0])
+    ledger.release(mine)
+
+
+def test_a_group_does_not_evict_its_own(ledger: Ledger) -> None:
+    """L3: the least recently used stays if the group needs it, and the next goes instead."""
+    mine, other = load(ledger, "a", 40), load(ledger, "b", 50)
+    group = Together(ledger, a=40, c=30)
+    assert group.retired == [other]
+    assert mine.leases == 0
+    ledger.acknowledge(other)
+    assert group.granted
+    ledger.give_back(group.claim.parts[0])
+    ledger.release(mine)
+
+
+def test_a_group_that_others_leave_no_room_for_evicts_nobody(ledger: Ledger) -> None:
+    """L3: its own resident models are no room for the others of it."""
+    idle = load(ledger, "idle", 10)
+    mine, held = load(ledger, "a", 40), load(ledger, "held", 40, leases=1)
+    group = Together(ledger, a=40, b=30)
+    assert (group.waiter.done(), group.retired) == (False, [])
+    assert idle.state is mine.state is State.READY
+    ledger.give_back(group.claim)
+    ledger.release(held)
+
+
+def test_a_group_whose_model_is_evicted_meanwhile_gets_bytes_for_it(ledger: Ledger) -> None:
+    """L3: what was resident when the group came, and is not when its turn comes, is loaded again."""
+    load(ledger, "a", 30)
+    held = load(ledger, "held", 60, leases=1)
+    group = Together(ledger, a=30, b=20)
+    (retired,) = ledger.detach("a", "unload")
+    ledger.acknowledge(retired)
+    assert not group.granted
+    (retired,) = ledger.release(held)
+    ledger.acknowledge(retired)
+    assert group.parts == {"a": 30, "b": 20}
+    for part in group.claim.parts:
+        ledger.give_back(part)
+
+
+def test_groups_and_claims_wait_in_one_line(ledger: Ledger) -> None:
+    """L2: first come, first served; a few smaller ones that fit as it is may pass, groups or not."""
+    held = load(ledger, "held", 60, leases=1)
+    group = Together(ledger, a=30, b=30)
+    later = Queued(ledger, "later", 50)
+    small = Together(ledger, c=20, d=20)
+    assert (group.waiter.done(), later.waiter.done(), small.granted) == (False, False, True)
+    (retired,) = ledger.release(held)
+    ledger.acknowledge(retired)
+    assert (group.granted, later.waiter.done()) == (True, False)
+    ledger.give_back(later.claim)
+    for part in (*group.claim.parts, *small.claim.parts):
+        ledger.give_back(part)
+
+
+def test_groups_overtake_a_bounded_number_of_times(ledger: Ledger) -> None:
+    """L2: as single claims do."""
+    load(ledger, "held", 50, leases=1)
+    head = Queued(ledger, "large", 60)
+    for _ in range(OVERTAKINGS):
+        group = Together(ledger, a=20, b=20)
+        assert group.granted
+        for part in group.claim.parts:
+            ledger.give_back(part)
+    last = Together(ledger, a=20, b=20)
+    assert not last.waiter.done()
+    ledger.give_back(last.claim)
+    ledger.give_back(head.claim)
+
+
+def test_a_group_with_pins_of_its_own_is_not_refused_for_them(ledger: Ledger, pinned: Entry[str]) -> None:
+    """L3: a pin is in the way of others only."""
+    group = Together(ledger, pinned=60, b=40)
+    assert group.granted
+    assert Together(ledger, c=20, d=30).waiter.result(timeout=0) is False
+    ledger.give_back(group.claim.parts[0])
+    ledger.release(pinned)
+
+
+def test_an_abandoned_load_grows_no_more(ledger: Ledger) -> None:
+    """L6: bytes that were still to come are not granted to a claim that has ended."""
+    idle = load(ledger, "idle", 40)
+    queued = Queued(ledger, "a", 60)
+    waiter, _ = grow(ledger, queued, 90)
+    (entry,) = ledger.abandon(queued.claim, "place")
+    assert waiter.result(timeout=0) is False
+    ledger.acknowledge(idle)
+    ledger.acknowledge(entry)
+    assert figures(ledger) == (0, 0, 0, 0)
+
+
+def test_a_claim_can_be_taken_out_of_the_queue(ledger: Ledger) -> None:
+    """L2: a load that gets its bytes by a group waits no more; the next is served."""
+    load(ledger, "held", 50, leases=1)
+    queued, small = Queued(ledger, "a", 60), Queued(ledger, "b", 55)
+    ledger.refuse(queued.claim)
+    assert queued.waiter.result(timeout=0) is False
+    assert not small.waiter.done()
+    ledger.refuse(queued.claim)
+    assert Queued(ledger, "c", 50).granted
 
 
 # resize

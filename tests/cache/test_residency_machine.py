@@ -16,14 +16,16 @@ from itertools import chain, count
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cachetools
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import oracle
+from modelcache.cache.claims import Claim, GroupClaim
 from modelcache.cache.entry import Entry, State
-from modelcache.cache.flight import Flight, Flights, Phase
-from modelcache.cache.ledger import Claim, Ledger
+from modelcache.cache.flight import Flight, Flights, Phase, RegroupError
+from modelcache.cache.ledger import Ledger
 from modelcache.cache.policies import CachetoolsPolicy, Evictable, GDSFPolicy, LRUPolicy, S3FIFOPolicy
 from modelcache.errors import (
     BudgetTimeoutError,
@@ -124,6 +126,7 @@ class At(Enum):
     """Where the task of a load waits."""
 
     SLOT = "a load slot"
+    PARKED = "pins to leave room"
     STORE = "the store"
     CLAIM = "the bytes claimed"
     WORKER = "the worker"
@@ -154,7 +157,18 @@ class Load:
     @property
     def awake(self) -> bool:
         """Nothing but its own next step is missing."""
-        return self.at in (At.CLAIM, At.GROWTH) and self.promise.done() and self.interrupted is None
+        waits = self.at in (At.PARKED, At.CLAIM, At.GROWTH)
+        return waits and self.promise.done() and self.interrupted is None
+
+
+@dataclass(eq=False)
+class Group:
+    """A call that needs several models together."""
+
+    claim: GroupClaim
+    promise: Future[bool]
+    leases: Entries = field(default_factory=list)
+    """Those it has while the others load."""
 
 
 @dataclass(eq=False)
@@ -165,6 +179,7 @@ class Caller:
     pins: bool
     promise: Future[Entry[Any]] = field(default_factory=Future)
     timed_out: bool = False
+    group: Group | None = None
 
 
 class ResidencyMachine(RuleBasedStateMachine):
@@ -183,6 +198,8 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.numbers = count(1)
         self.loads: dict[Flight, Load] = {}
         self.callers: list[Caller] = []
+        self.groups: list[Group] = []
+        """Those whose claim is queued, or that have not woken up to its grant."""
         self.leases: Entries = []
         """Handed over and not yet released."""
         self.pinned_keys: set[str] = set()
@@ -227,14 +244,16 @@ class ResidencyMachine(RuleBasedStateMachine):
             head = ledger.queue[0]
             assert {victim.displaced_by for victim in for_claim} == {head.key}
             coming = ledger.free + ledger.unloading
-            assert coming - for_claim[-1].size < head.bytes <= coming
+            assert coming - for_claim[-1].size < head.wanted(ledger.table) <= coming
+            assert not isinstance(head, GroupClaim) or not head.needs.keys() & {victim.key for victim in for_claim}
         if shed:
             kept = ledger.resident + ledger.reserved + sum(victim.size for victim in for_claim)
             assert kept + shed[-1].size > ledger.budget
 
     def check_lru_order(self, victims: Entries) -> None:
         """Rule L7: without a policy the least recently used go first."""
-        idle = [entry for entry in self.ledger.table.values() if not entry.pins]
+        kept = self.ledger.queue[0].kept(self.ledger.table) if self.ledger.queue else []
+        idle = [entry for entry in self.ledger.table.values() if not entry.pins and entry not in kept]
         assert all(victim.last_used < entry.last_used for victim in victims for entry in idle)
 
     def check_order_of_grants(self) -> None:
@@ -244,12 +263,16 @@ class ResidencyMachine(RuleBasedStateMachine):
         assert waiting == [claim for claim in ledger.queue if not claim.grows and not claim.waiter.done()]
         if waiting:
             first = waiting[0]
-            passers = [claim for claim in arrivals[arrivals.index(first) :] if claim.granted]
+            passers = [claim for claim in arrivals[arrivals.index(first) :] if was_granted(claim)]
             self.passed[first] += len(passers)
             assert self.passed[first] <= OVERTAKINGS
             if passers:
-                before = ledger.free + sum(claim.bytes for claim in passers)
-                assert first.bytes > before + ledger.unloading + ledger.idle
+                before = ledger.free + sum(granted_bytes(claim) for claim in passers)
+                since = Counter(e for claim in passers if isinstance(claim, GroupClaim) for e in claim.leased)
+                own = first.kept(ledger.table)
+                were_idle = [entry for entry, leases in since.items() if entry.pins == leases and entry not in own]
+                idle = ledger.idle + sum(entry.size for entry in were_idle)
+                assert first.wanted(ledger.table) > before + ledger.unloading + idle - idle_bytes(first, ledger)
         self.arrivals = waiting
 
     # Callers
@@ -275,9 +298,9 @@ class ResidencyMachine(RuleBasedStateMachine):
 
     def pin(self, entry: Entry[Any]) -> None:
         self.pinned_keys.add(entry.key)
-        self.ledger.pin(entry)
         if entry.state is State.READY and entry not in self.pinned:
             self.pinned.append(entry)
+        self.decide(lambda: self.ledger.pin(entry))
 
     @precondition(lambda self: any(not caller.promise.done() for caller in self.callers))
     @rule(pick=picks, by_timeout=st.booleans())
@@ -285,6 +308,9 @@ class ResidencyMachine(RuleBasedStateMachine):
         """A waiter is cancelled or times out; only its own future takes note (F3)."""
         waiting = [caller for caller in self.callers if not caller.promise.done()]
         caller = waiting[pick % len(waiting)]
+        if caller.group is not None:
+            self.break_up(caller.group)
+            return
         others = [other.promise.done() for other in self.callers if other is not caller]
         if by_timeout:
             caller.timed_out = True
@@ -301,15 +327,21 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.wake(ready[pick % len(ready)], cancelled=cancelled)
 
     def wake(self, caller: Caller, *, cancelled: bool = False) -> None:
+        if caller.group is not None:
+            self.wake_member(caller, caller.group, cancelled=cancelled)
+            return
         self.callers.remove(caller)
         if not caller.promise.cancelled():
             self.take_answer(caller, cancelled=cancelled)
+        self.leave(caller)
+
+    def leave(self, caller: Caller) -> None:
         flight, load = caller.flight, self.loads.get(caller.flight)
         deserted = flight in self.flights.airborne and not any(
             not other.promise.done() for other in self.callers if other.flight is flight
         )
         drop = self.flights.leave(flight, caller.promise)
-        assert drop == (deserted and load is not None and load.at in (At.SLOT, At.CLAIM)), "F9"
+        assert drop == (deserted and load is not None and load.at in (At.SLOT, At.PARKED, At.CLAIM)), "F9"
         if drop:
             assert self.flights.by_key.get(flight.key) is not flight, "F7: a dying flight can be joined"
             assert load is not None
@@ -338,6 +370,117 @@ class ResidencyMachine(RuleBasedStateMachine):
 
     def release(self, entry: Entry[Any]) -> None:
         self.leases.remove(entry)
+        self.release_entry(entry)
+
+    # Groups
+
+    @rule(needs=st.dictionaries(keys, st.integers(5, 40), min_size=2, max_size=3))
+    def call_together(self, needs: dict[str, int]) -> None:
+        """A call that holds several models: all of them at once, or nothing."""
+        table, ledger = self.ledger.table, self.ledger
+        needs = {key: table[key].size if key in table else size for key, size in needs.items()}
+        own_pins = sum(table[key].size for key in needs if key in table and table[key].pinned)
+        if sum(needs.values()) > ledger.room + own_pins:
+            return  # as Groups._claim: it is refused, or parks
+        promise: Future[bool] = Future()
+
+        def operation() -> Entries:
+            claim, retired = ledger.claim_together(needs, promise)
+            self.groups.append(Group(claim, promise))
+            self.arrivals.append(claim)
+            return retired
+
+        self.decide(operation)
+
+    @precondition(lambda self: any(group.promise.done() for group in self.groups))
+    @rule(pick=picks, cancelled=st.sampled_from((False, False, True)))
+    def wake_group(self, pick: int, cancelled: bool) -> None:
+        """A group whose claim is decided wakes up, perhaps to find itself cancelled in the same tick."""
+        decided = [group for group in self.groups if group.promise.done()]
+        self.decide_group(decided[pick % len(decided)], cancelled=cancelled)
+
+    def decide_group(self, group: Group, *, cancelled: bool = False) -> None:
+        if cancelled or not group.promise.result():
+            self.disband(group)
+        else:
+            self.board(group)
+
+    @precondition(lambda self: self.groups)
+    @rule(pick=picks)
+    def group_loses_patience(self, pick: int) -> None:
+        """A group is cancelled, or runs out of time, before it has everything."""
+        self.disband(self.groups[pick % len(self.groups)])
+
+    def disband(self, group: Group) -> None:
+        """As ``Groups._disband``."""
+        self.groups.remove(group)
+        group.promise.cancel()
+        for claim in (group.claim, *group.claim.parts):
+            self.decide(lambda claim=claim: self.ledger.give_back(claim))  # type: ignore[misc]
+        for entry in group.claim.leased:
+            self.decide(lambda entry=entry: self.ledger.release(entry))  # type: ignore[misc]
+
+    def board(self, group: Group) -> None:
+        """As ``Groups._board``: each of the others is loaded by its flight, with the bytes granted."""
+        self.groups.remove(group)
+        group.leases += group.claim.leased
+        for entry in group.claim.leased:
+            self.ledger.hit(entry)
+        for part in group.claim.parts:
+            since = self.ledger.table.get(part.key)
+            if since is not None:
+                self.ledger.lease(since)
+                group.leases.append(since)
+                self.decide(lambda part=part: self.ledger.give_back(part))  # type: ignore[misc]
+                continue
+            waiter: Future[Entry[Any]] = Future()
+            flight, is_new = self.flights.join(part.key, waiter)
+            self.callers.append(Caller(flight, pins=False, promise=waiter, group=group))
+            flight.group_waiters.add(waiter)
+            self.endow(flight, part)
+            if is_new:
+                self.loads[flight] = Load(flight)
+        self.complete(group)
+
+    def endow(self, flight: Flight, part: Claim) -> None:
+        """As ``Loader.endow``."""
+        if flight.reserve is not None or (flight.claim is not None and flight.claim.granted):
+            self.decide(lambda: self.ledger.give_back(part))
+            return
+        flight.reserve = part
+        claim = flight.claim
+        if claim is not None:
+            self.decide(lambda: self.ledger.refuse(claim))
+
+    def wake_member(self, caller: Caller, group: Group, *, cancelled: bool) -> None:
+        """One of the loads that a group waits for has been decided."""
+        error = caller.promise.exception()
+        if cancelled or error is not None:
+            assert error is None or isinstance(error, RegroupError) or error.__cause__ is self.failures[caller.flight]
+            self.break_up(group)
+            return
+        self.callers.remove(caller)
+        group.leases.append(caller.promise.result())
+        self.leave(caller)
+        self.complete(group)
+
+    def complete(self, group: Group) -> None:
+        if not any(caller.group is group for caller in self.callers):
+            self.leases += group.leases
+            group.leases = []
+
+    def break_up(self, group: Group) -> None:
+        """One of its loads has failed, or the call was cancelled: everything is given back, in one step."""
+        for caller in [caller for caller in self.callers if caller.group is group]:
+            self.callers.remove(caller)
+            if not caller.promise.cancel() and caller.promise.exception() is None:
+                self.release_entry(caller.promise.result())
+            self.leave(caller)
+        for entry in group.leases:
+            self.release_entry(entry)
+        group.leases = []
+
+    def release_entry(self, entry: Entry[Any]) -> None:
         self.decide(lambda: self.ledger.release(entry))
 
     # Users
@@ -426,23 +569,56 @@ class ResidencyMachine(RuleBasedStateMachine):
         if load.least > self.ledger.budget:
             self.fail(load, ModelTooLargeError("too large"))
             return
-        size = min(max(estimate, load.least), self.ledger.budget)
+        if load.flight.reserve is not None:
+            self.use_reserve(load, load.flight.reserve)
+            return
+        if load.least > self.ledger.room:
+            self.park(load)
+            return
+        size = min(max(estimate, load.least), self.ledger.room)
         load.promise = Future()
 
         def operation() -> Entries:
             load.claim, retired = self.ledger.claim(load.flight.key, size, load.promise)
+            load.flight.claim = load.claim
             self.arrivals.append(load.claim)
             return retired
 
         self.decide(operation)
         if load.promise.done():
-            self.begin(load)
+            self.resume_claim(load)
         else:
-            load.at, load.flight.phase = At.CLAIM, Phase.QUEUED
-            if not load.flight.live_waiters():  # nobody waits for a load that would have to queue
-                self.give_up(load)
-                self.flights.end(load.flight)
-                del self.loads[load.flight]
+            load.at = At.CLAIM
+            self.starve(load)
+
+    def use_reserve(self, load: Load, reserve: Claim) -> None:
+        """A group has been granted bytes for this load."""
+        load.claim = load.flight.claim = reserve
+        load.flight.reserve = None
+        if load.least > reserve.bytes:
+            self.grow(load, load.least)
+        else:
+            self.begin(load)
+
+    def park(self, load: Load) -> None:
+        """As ``Loader._park``: pins leave too little room, and the load waits with nothing in hand."""
+        load.at, load.promise = At.PARKED, Future()
+        self.starve(load)
+        if load.flight in self.loads:
+            self.ledger.wait_for_room(load.least, load.promise)
+
+    def starve(self, load: Load) -> None:
+        if not self.flights.starve(load.flight):  # nobody waits for a load that would have to queue
+            self.give_up(load)
+            self.end(load)
+
+    def end(self, load: Load) -> None:
+        """As the end of the task in ``Loader.start``."""
+        del self.loads[load.flight]
+        self.ledger.parked.pop(load.promise, None)
+        reserve = load.flight.reserve
+        if reserve is not None:
+            self.decide(lambda: self.ledger.give_back(reserve))
 
     def begin(self, load: Load) -> None:
         """The bytes are granted: from here on the worker may take all of them."""
@@ -461,22 +637,30 @@ class ResidencyMachine(RuleBasedStateMachine):
 
     def resume(self, load: Load) -> None:
         granted = load.promise.result()
-        if load.at is At.CLAIM and granted:
-            self.begin(load)
-        elif load.at is At.CLAIM:  # the budget has become smaller than the claim
-            assert load.claim is not None
-            self.claim(load, load.claim.bytes)
+        if load.at is At.PARKED:
+            self.fetch(load)
+        elif load.at is At.CLAIM:
+            self.resume_claim(load)
         elif load.lost:
             self.notice(load)
         elif not granted:  # start again, with a larger claim from the start
             self.give_up(load)
             self.fetch(load)
+        elif load.worker is None:  # what a group was granted for it has grown
+            self.begin(load)
         elif load.measured is not None:
             self.land(load)
         else:
             assert load.claim is not None and load.worker is not None
             load.at = At.WORKER
             load.worker.bytes[load.number] = load.claim.bytes
+
+    def resume_claim(self, load: Load) -> None:
+        assert load.claim is not None
+        if load.promise.result():
+            self.begin(load)
+        else:  # there is less room than the claim, or a group has bytes for it
+            self.claim(load, load.claim.bytes)
 
     @precondition(lambda self: self.any_at(At.WORKER))
     @rule(pick=picks, more=st.integers(1, 60))
@@ -532,7 +716,8 @@ class ResidencyMachine(RuleBasedStateMachine):
             waiter.set_result(entry)
         self.decide(lambda: self.ledger.settle(claim, entry, listed=flight.listed))
         assert (self.ledger.table.get(flight.key) is entry) == (flight.listed and entry.state is State.READY)
-        del self.loads[flight]
+        flight.claim = None
+        self.end(load)
 
     @precondition(lambda self: self.any_at(At.WORKER))
     @rule(pick=picks)
@@ -550,7 +735,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.failures[load.flight] = error
         self.flights.fail(load.flight, error)
         assert self.flights.by_key.get(load.flight.key) is not load.flight
-        del self.loads[load.flight]
+        self.end(load)
 
     def give_up(self, load: Load) -> None:
         """As ``Loader._give_up``."""
@@ -561,7 +746,7 @@ class ResidencyMachine(RuleBasedStateMachine):
             self.decide(lambda: self.ledger.abandon(claim, Place(worker, number)))
         else:
             self.decide(lambda: self.ledger.give_back(claim))
-        load.claim = None
+        load.claim = load.flight.claim = None
 
     @precondition(lambda self: self.loads)
     @rule(pick=picks)
@@ -729,6 +914,18 @@ class ResidencyMachine(RuleBasedStateMachine):
             promise = caller.promise
             if promise.done() and not promise.cancelled() and promise.exception() is None:
                 yield promise.result()
+        for group in self.groups:
+            yield from group.claim.leased
+        for group in {caller.group for caller in self.callers if caller.group is not None}:
+            yield from group.leases
+
+    @invariant()
+    def grants_are_reserved(self) -> None:
+        """Rule L1: what is reserved is what loads and groups have been granted, and no more."""
+        granted = [load.claim for load in self.loads.values() if load.claim is not None and load.claim.granted]
+        granted += [load.flight.reserve for load in self.loads.values() if load.flight.reserve is not None]
+        granted += [part for group in self.groups for part in group.claim.parts]
+        assert self.ledger.reserved == sum(claim.bytes for claim in granted)
 
     @invariant()
     def pins_hold(self) -> None:
@@ -750,12 +947,22 @@ class ResidencyMachine(RuleBasedStateMachine):
         head = ledger.queue[0] if ledger.queue else None
         if head is None or head.waiter.done():
             return
-        assert ledger.unloading or head.bytes > ledger.free + ledger.idle
+        wanted, idle = head.wanted(ledger.table), ledger.idle - idle_bytes(head, ledger)
+        assert ledger.unloading or wanted > ledger.free + idle
         if head.grows:
-            assert head.bytes <= ledger.free + ledger.unloading, "L6: it holds bytes and waits for a lease"
-        elif head.bytes > ledger.free + ledger.unloading + ledger.idle:
-            passable = [claim for claim in ledger.queue if claim.bytes <= ledger.free and not claim.waiter.done()]
+            assert wanted <= ledger.free + ledger.unloading, "L6: it holds bytes and waits for a lease"
+        elif wanted > ledger.free + ledger.unloading + idle:
+            kept = sum(entry.size for entry in head.kept(ledger.table) if not entry.pinned)
+            assert wanted + kept <= ledger.room, "L3: it waits for bytes that are pinned"
+            passable = [c for c in ledger.queue if c.wanted(ledger.table) <= ledger.free and not c.waiter.done()]
             assert not passable or self.passed[head] == OVERTAKINGS
+
+    @invariant()
+    def nobody_parks_in_vain(self) -> None:
+        """Rule L3: who parks waits for pins to go, or for the bytes of one that has been unloaded."""
+        ledger = self.ledger
+        if not ledger.leaving:
+            assert all(waiter.done() or ledger.room < size <= ledger.budget for waiter, size in ledger.parked.items())
 
     @invariant()
     def honest_policies_stay(self) -> None:
@@ -782,8 +989,10 @@ class ResidencyMachine(RuleBasedStateMachine):
             self.check_invariants_now()
         assert not self.loads
         assert not self.callers
+        assert not self.groups
         ledger = self.ledger
         assert not ledger.queue
+        assert not ledger.parked
         assert (ledger.reserved, ledger.unloading, ledger.leases) == (0, 0, 0)
         real = sum(sum(worker.bytes.values()) for worker in self.workers)
         assert ledger.resident == ledger.idle == real <= ledger.budget
@@ -796,9 +1005,10 @@ class ResidencyMachine(RuleBasedStateMachine):
         yield from (
             lambda load=load: self.proceed(load, size)
             for load in self.loads.values()
-            if load.at not in (At.CLAIM, At.GROWTH) and self.is_idle_at(load, load.at)
+            if load.at not in (At.PARKED, At.CLAIM, At.GROWTH) and self.is_idle_at(load, load.at)
         )
         yield from (lambda caller=caller: self.wake(caller) for caller in self.callers if caller.promise.done())
+        yield from (lambda group=group: self.decide_group(group) for group in self.groups if group.promise.done())
         for worker in self.workers:
             yield from (lambda w=worker, number=number: self.acknowledge(w, number) for number in worker.orders)
 
@@ -813,9 +1023,11 @@ class ResidencyMachine(RuleBasedStateMachine):
             self.interrupt(load, RegistryClosedError("closed"))
         for load in list(self.loads.values()):
             self.clean_up(load)
-        for caller in list(self.callers):
-            assert caller.promise.done()
-            self.wake(caller)
+        for group in list(self.groups):
+            self.disband(group)
+        while self.callers:
+            assert self.callers[0].promise.done()
+            self.wake(self.callers[0])
         if self.ending != "kill":
             self.release_all()
         for key in list(self.ledger.table):
@@ -845,11 +1057,26 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.entries_are_held_once()
         self.leases_are_handed_over_once()
         self.pins_hold()
+        self.grants_are_reserved()
         self.nobody_waits_in_vain()
+        self.nobody_parks_in_vain()
         self.honest_policies_stay()
 
 
-TestResidency = ResidencyMachine.TestCase
+def was_granted(claim: Claim) -> bool:
+    return claim.granted or (isinstance(claim, GroupClaim) and bool(claim.leased or claim.parts))
+
+
+def granted_bytes(claim: Claim) -> int:
+    return sum(part.bytes for part in claim.parts) if isinstance(claim, GroupClaim) else claim.bytes
+
+
+def idle_bytes(head: Claim, ledger: Ledger) -> int:
+    """Return the idle bytes that must stay for ``head``."""
+    return sum(entry.size for entry in head.kept(ledger.table) if not entry.pins)
+
+
+TestResidency = pytest.mark.timeout(240)(ResidencyMachine.TestCase)  # ten seconds, on a machine that has time
 TestResidency.settings = settings(
     max_examples=500,
     stateful_step_count=60,

@@ -373,13 +373,13 @@ async def test_a_call_that_was_in_flight_beside_a_crash_is_answered(scene: Scene
     await settle()
     send(scene.registry, signal.SIGABRT)
     await restarted(scene.registry)
-    assert list(scene.registry._loader._crashes.values()) == [0.5, 0.5], "it was one of them"
+    assert list(scene.registry._loader.quarantine._crashes.values()) == [0.5, 0.5], "it was one of them"
     scene.gate.open()
     await scene.arrived()
     scene.gate.open()
     assert (await innocent).tolist() == [42]
     assert (await held).tolist() == [2]
-    assert not scene.registry._loader._crashes, "they answered, so it was not them"
+    assert not scene.registry._loader.quarantine._crashes, "they answered, so it was not them"
 
 
 async def test_models_that_share_two_crashes_are_not_quarantined(make_registry: MakeRegistry, gate: odd.Gate) -> None:

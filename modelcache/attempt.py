@@ -1,0 +1,318 @@
+"""One attempt at a load: from an artifact that the store is ready to deliver to a model for everyone who waits.
+
+The steps, each of which may fail or be cancelled, and then gives back what those before it took:
+
+1. for an archive, send its first chunk to a worker, which answers how large the model in it is;
+2. claim bytes from the ledger; only now, when the load is known to be possible, may others be evicted for it;
+3. stream the rest to the worker as it comes, growing the claim if the artifact is larger than it announced;
+4. when the worker has loaded and measured it, settle the claim and hand a lease to each waiter, in one step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING
+
+from modelcache.cache.entry import Entry
+from modelcache.cache.flight import Phase
+from modelcache.cache.sizes import Bounds
+from modelcache.errors import ModelTooLargeError, StoreUnavailableError
+from modelcache.residency import Place, Residency, Resident
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from modelcache.cache.claims import Claim
+    from modelcache.cache.flight import Flight
+    from modelcache.pool.artifacts import LoadedFacts, Loading
+    from modelcache.pool.pool import Pool, Worker
+    from modelcache.stores.base import Artifact
+
+_RAW = (".ubj", ".json")
+"""Suffixes of artifacts whose own size is that of the model."""
+
+_PEEK = 64 << 10
+"""Bytes of an archive sent before its bytes are claimed: enough for its headers."""
+
+
+class OutgrownError(Exception):
+    """The claim is too small and must not wait to grow: start again with one of ``needed`` bytes."""
+
+    def __init__(self, needed: int) -> None:
+        super().__init__(needed)
+        self.needed = needed
+
+
+class NoRoomError(Exception):
+    """Pins leave less than ``needed`` bytes: start again when there is room, holding nothing meanwhile."""
+
+    def __init__(self, needed: int) -> None:
+        super().__init__(needed)
+        self.needed = needed
+
+
+class DesertedError(Exception):
+    """Nobody waits any more for a load that would have to queue for bytes."""
+
+
+class Attempt:
+    """What one attempt knows and holds.
+
+    ``needed`` is the number of bytes that an earlier attempt found necessary, 0 if there was none. ``started`` is when
+    the store was asked.
+    """
+
+    def __init__(
+        self, state: Residency, pool: Pool, flight: Flight, artifact: Artifact, *, needed: int, started: float
+    ) -> None:
+        self._state = state
+        self._pool = pool
+        self._flight = flight
+        self._artifact = artifact
+        self._chunks: AsyncIterator[bytes] = aiter(artifact.chunks)
+        self._needed = needed
+        self._started = started
+        self._worker: Worker | None = None
+        self._loading: Loading | None = None
+        self._charged = 0
+        """Bytes that the worker's account shows for it."""
+        self._held_back = b""
+        """What is left of the first chunk until its bytes are claimed."""
+        self._received = 0
+        self._queued = 0.0
+        """Seconds of waiting for bytes: no cost of the model."""
+        self._downloading = 0.0
+
+    async def scout(self) -> Bounds:
+        """Find out what the model takes, without claiming anything for it."""
+        artifact, sizes = self._artifact, self._state.sizes
+        known = sizes.known(self._flight.key, artifact.version)
+        if known:
+            return Bounds(known, known)
+        return self._bounds(await self._unpacked_bytes())
+
+    async def load(self) -> None:
+        """Load the model and give everyone who waits a lease."""
+        await self._prepare()
+        await self._stream()
+        facts = await self._outcome()
+        self._state.sizes.learn(
+            self._flight.key, self._artifact.version, self._artifact.suffix,
+            unpacked=facts.unpacked_bytes, measured=facts.size,
+        )  # fmt: skip
+        await self._grow(Bounds(facts.size, facts.size))
+        assert self._worker is not None
+        self._worker.check_alive()  # it may have ended while the claim waited to grow
+        self._land(facts)
+
+    # Bytes
+
+    async def _prepare(self) -> None:
+        """Claim the bytes that the load needs, and begin it."""
+        sizes, suffix = self._state.sizes, self._artifact.suffix
+        known = sizes.known(self._flight.key, self._artifact.version) or 0
+        if known or self._needed:
+            claim = await self._claim(Bounds(known, max(known, self._needed)))
+            # What a small model takes beyond its ratio is in the measured bytes already: without the second figure
+            # the worker would ask for more than was measured, and others would be evicted for it in vain.
+            unpacked = sizes.unpacked(self._flight.key, self._artifact.version)
+            await self._begin(max(sizes.unpacked_within(claim.bytes, suffix), unpacked))
+            return
+        unpacked = await self._unpacked_bytes()
+        await self._claim(self._bounds(unpacked))
+        if self._loading is None:
+            await self._begin(unpacked)
+        else:
+            self._grant(unpacked)
+
+    async def _unpacked_bytes(self) -> int:
+        """Return the size of the model as the artifact announces it; of an archive, the worker reads it."""
+        if self._artifact.suffix in _RAW and self._artifact.size:
+            return self._artifact.size
+        loading = await self._begin(0)
+        chunk = await anext(self._chunks, b"")
+        await self._feed(chunk[:_PEEK])
+        self._held_back = chunk[_PEEK:]
+        await loading.news()
+        if loading.error is not None:
+            raise loading.error
+        return loading.needed
+
+    def _bounds(self, unpacked: int) -> Bounds:
+        return self._state.sizes.bounds(unpacked, self._artifact.suffix)
+
+    async def _claim(self, bounds: Bounds) -> Claim:
+        """Wait for the upper bound, or for all the bytes there are if the model may yet fit into them."""
+        flight = self._flight
+        granted = False
+        while not granted:  # again, if a group has claimed for it, or there is less room than there was
+            self._check_fits(bounds.least, "Nothing was evicted for it.")
+            if flight.reserve is not None:
+                flight.claim, flight.reserve = flight.reserve, None
+                flight.needed = flight.claim.bytes
+                await self._grow(Bounds(bounds.least, bounds.least))
+                granted = True
+            else:
+                granted = await self._queue_for(bounds)
+        flight.phase = Phase.LOADING
+        self._charge()
+        assert flight.claim is not None
+        return flight.claim
+
+    async def _queue_for(self, bounds: Bounds) -> bool:
+        ledger, flight = self._state.ledger, self._flight
+        if bounds.least > ledger.room:
+            raise NoRoomError(bounds.least)
+        flight.needed = min(bounds.most, ledger.room)
+        promise: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        flight.claim, retired = ledger.claim(flight.key, flight.needed, promise)
+        self._state.retire(retired)
+        if not promise.done() and not self._state.flights.starve(flight):
+            raise DesertedError
+        return await self._wait_for(promise)
+
+    async def _grow(self, bounds: Bounds) -> None:
+        """Enlarge the claim to the upper bound, as far as the budget goes."""
+        claim, ledger = self._flight.claim, self._state.ledger
+        assert claim is not None
+        self._check_fits(bounds.least)
+        size = min(bounds.most, ledger.budget)
+        if size > claim.bytes:
+            promise: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+            self._state.retire(ledger.grow(claim, size, promise))
+            if not await self._wait_for(promise):
+                raise OutgrownError(size)
+        self._charge()
+
+    async def _wait_for(self, promise: asyncio.Future[bool]) -> bool:
+        started = time.perf_counter()
+        result = await promise
+        self._queued += time.perf_counter() - started
+        return result
+
+    def _check_fits(self, least: int, remark: str = "") -> None:
+        budget, key = self._state.ledger.budget, self._flight.key
+        if least > budget:
+            raise ModelTooLargeError(
+                f"{key} takes {least:,} bytes or more, and the whole memory budget is {budget:,}: "
+                f"raise memory_budget. {remark}".rstrip(),
+                model=key, needed=least, budget=budget,
+            )  # fmt: skip
+
+    def _charge(self) -> None:
+        """Show the claim in the worker's account, by which others are placed."""
+        claim = self._flight.claim
+        if self._worker is not None and claim is not None:
+            self._worker.charged += claim.bytes - self._charged
+            self._charged = claim.bytes
+
+    # The worker
+
+    async def _begin(self, allowed: int) -> Loading:
+        self._worker = await self._pool.place()
+        self._loading = self._worker.begin_load(self._pool.next_number(), allowed)
+        self._charge()
+        return self._loading
+
+    def _grant(self, unpacked: int) -> None:
+        assert self._loading is not None and self._flight.claim is not None
+        within = self._state.sizes.unpacked_within(self._flight.claim.bytes, self._artifact.suffix)
+        self._loading.grant(max(unpacked, within))
+
+    async def _feed(self, chunk: bytes) -> None:
+        assert self._loading is not None
+        self._received += len(chunk)
+        if self._artifact.size is not None and self._received > self._artifact.size:
+            raise StoreUnavailableError(
+                f"The store delivers more than the {self._artifact.size:,} bytes it announced.",
+                model=self._flight.key,
+            )
+        self._downloading = self._elapsed()
+        await self._loading.feed(chunk)
+
+    async def _stream(self) -> None:
+        """Pass the chunks on as they come; all of them, or the load fails."""
+        loading, size = self._loading, self._artifact.size
+        assert loading is not None
+        if self._held_back:
+            await self._feed(self._held_back)
+        async for chunk in self._chunks:
+            await self._feed(chunk)
+            await self._satisfy()
+            if loading.decided:
+                return
+        self._downloading = self._elapsed()
+        if size is not None and self._received != size:
+            raise StoreUnavailableError(
+                f"The store delivered {self._received:,} of the {size:,} bytes it announced.", model=self._flight.key
+            )
+        loading.finish()
+
+    async def _outcome(self) -> LoadedFacts:
+        loading = self._loading
+        assert loading is not None
+        while not loading.decided:
+            await loading.news()
+            await self._satisfy()
+        if loading.error is not None:
+            raise loading.error
+        assert loading.result is not None
+        return loading.result
+
+    async def _satisfy(self) -> None:
+        """Grow the claim if the worker has asked for it."""
+        loading = self._loading
+        if loading is not None and loading.needed and not loading.decided:
+            unpacked = loading.needed
+            await self._grow(self._bounds(unpacked))
+            self._grant(unpacked)
+
+    def _elapsed(self) -> float:
+        return time.perf_counter() - self._started - self._queued
+
+    # The end
+
+    def _land(self, facts: LoadedFacts) -> None:
+        """Make the model resident and hand everyone who waits a lease; one step."""
+        state, flight, artifact, claim = self._state, self._flight, self._artifact, self._flight.claim
+        assert self._worker and self._loading and claim
+        place = Resident(
+            self._worker, self._loading.model, artifact.version, self._received, artifact.suffix,
+            facts, self._downloading, self._elapsed() - self._downloading,
+        )  # fmt: skip
+        waiters = state.flights.land(flight)
+        entry = Entry(flight.key, place, size=facts.size, cost=state.cost_of(flight.key, place.load_seconds))
+        entry.leases = len(waiters)
+        entry.pinned = flight.listed and flight.key in state.pinned
+        self._worker.charged += facts.size - self._charged
+        retired = state.ledger.settle(claim, entry, listed=flight.listed)
+        state.failures.forget(flight.key)
+        for waiter in waiters:
+            waiter.set_result(entry)
+        state.settled(entry)  # tells the subscribers, who may do anything, such as cancel one of those who waited
+        state.retire(retired)
+
+    @property
+    def blame(self) -> float:
+        """Its share in the crash of its worker, if there was one."""
+        return self._loading.blame if self._loading is not None else 0.0
+
+    def give_up(self) -> None:
+        """Give back what it took; bytes that a worker may hold, only when it has freed them."""
+        state, flight, worker, loading = self._state, self._flight, self._worker, self._loading
+        claim = flight.claim
+        in_worker = worker is not None and loading is not None and loading.error is None and worker.alive
+        if worker is not None and loading is not None and in_worker:
+            worker.forget_load(loading)
+            if claim is not None and claim.granted:
+                self._charge()  # it may have grown in the tick of the cancellation
+                flight.claim = None
+                state.retire(state.ledger.abandon(claim, Place(worker, loading.model)))
+                return
+            worker.unload(loading.model)
+        if worker is not None:
+            worker.charged -= self._charged
+        if claim is not None:
+            flight.claim = None
+            state.retire(state.ledger.give_back(claim))

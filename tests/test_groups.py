@@ -1,0 +1,423 @@
+"""``acquire_many``: leases on several models at once, on all of them or on none (rules L3, L4)."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+import zoo
+from conftest import settle
+from modelcache import (
+    BudgetTimeoutError,
+    CorruptArtifactError,
+    InvalidModelNameError,
+    MemoryStore,
+    ModelEvicted,
+    ModelNotFoundError,
+    ModelRegistry,
+    ModelTooLargeError,
+    RegistryClosedError,
+    StoreError,
+)
+from modelcache.cache.sizes import Bounds
+from modelcache.testing import GatedStore
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from conftest import MakeRegistry
+    from modelcache import Event, Lease
+
+ROWS = zoo.rows(2)
+FLEET = {f"m{index}": zoo.model(seed=index, trees=20) for index in range(6)}
+ARTIFACTS = {f"{name}.ubj": model.ubj for name, model in FLEET.items()}
+PACKED = {f"{name}.tar.gz": model.targz for name, model in FLEET.items()}
+
+
+async def with_room_for(registry: ModelRegistry, *names: str, known: bool = True) -> dict[str, int]:
+    """Leave a budget that ``names`` fit into together, and no further model; return what each takes."""
+    sizes = {name: (await registry.load(name)).size_bytes for name in FLEET}
+    for name in FLEET:
+        await registry.unload(name)
+    if not known:
+        registry._state.sizes.__init__()  # type: ignore[misc]
+        registry._state.sizes.bounds = lambda unpacked, suffix: Bounds(unpacked, int(unpacked * 1.6))  # type: ignore[method-assign]
+    registry.resize(sum(sizes[name] for name in names) + min(sizes.values()) // 2)
+    return sizes
+
+
+def resident(registry: ModelRegistry) -> list[str]:
+    return [info.name for info in registry.loaded()]
+
+
+async def assert_answer(*leases: Lease) -> None:
+    for lease in leases:
+        assert np.array_equal(await lease.predict(ROWS), FLEET[lease.name].expected(ROWS))
+
+
+def evictions(registry: ModelRegistry) -> list[str]:
+    """Note from now on who is evicted."""
+    names: list[str] = []
+
+    def note(event: Event) -> None:
+        if isinstance(event, ModelEvicted):
+            names.append(event.name)
+
+    registry.subscribe(note)
+    return names
+
+
+@asynccontextmanager
+async def pending(registry: ModelRegistry, *names: str) -> AsyncIterator[asyncio.Task[None]]:
+    """A group that waits for bytes."""
+
+    async def take() -> None:
+        async with registry.acquire_many(names) as leases:
+            await assert_answer(*leases)
+
+    task = asyncio.create_task(take())
+    while not (registry._state.ledger.queue or registry._state.ledger.parked):
+        await asyncio.sleep(0)
+    yield task
+
+
+# All
+
+
+@pytest.mark.parametrize("artifacts", [ARTIFACTS, PACKED], ids=["raw", "packed"])
+@pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
+async def test_all_of_a_group_are_held(make_registry: MakeRegistry, artifacts: dict[str, bytes], known: bool) -> None:
+    """L3: whether or not they have been loaded before; those outside make room, and nothing is left reserved."""
+    registry = await make_registry(MemoryStore(artifacts))
+    await with_room_for(registry, "m0", "m1", "m2", known=known)
+    for name in ("m3", "m4", "m0"):
+        await registry.load(name)
+    async with registry.acquire_many(["m1", "m0", "m2"]) as leases:
+        assert [lease.name for lease in leases] == ["m1", "m0", "m2"]
+        await assert_answer(*leases)
+        assert sorted(resident(registry)) == ["m0", "m1", "m2"]
+        assert registry.stats().bytes_reserved == 0
+    assert registry._state.ledger.leases == 0
+
+
+async def test_a_resident_group_asks_the_store_nothing(make_registry: MakeRegistry) -> None:
+    """F12: its models are hits; a group that loads asks once for the size of each, and once for the model."""
+    store = GatedStore(ARTIFACTS)
+    store.open(*FLEET)
+    registry = await make_registry(store)
+    async with registry.acquire_many(["m0", "m1"]) as leases:
+        await assert_answer(*leases)
+    assert sorted(store.fetches) == ["m0", "m0", "m1", "m1"]
+    async with registry.acquire_many(["m1", "m0"]) as leases:
+        await assert_answer(*leases)
+    assert len(store.fetches) == 4
+    stats = registry.stats()
+    assert (stats.hits, stats.requests, stats.loads) == (2, 4, 2)
+
+
+async def test_a_name_given_twice_has_two_leases(make_registry: MakeRegistry) -> None:
+    """api.md: one lease for each name, in their order, resident or not; an empty group is no error."""
+    registry = await make_registry(MemoryStore(ARTIFACTS))
+    for _ in range(2):
+        async with registry.acquire_many(["m0", "m1", "m0", "m0.ubj"]) as leases:
+            assert len({id(lease) for lease in leases}) == 4
+            assert registry._state.ledger.leases == 4
+            await asyncio.gather(*(lease.predict(ROWS) for lease in leases))
+    async with registry.acquire_many([]) as leases:
+        assert leases == []
+    with pytest.raises(TypeError, match=r"acquire_many takes several names: write acquire_many\(\['m0'\]\)"):
+        async with registry.acquire_many("m0"):
+            pass
+
+
+async def test_groups_that_would_deadlock_take_turns(make_registry: MakeRegistry) -> None:
+    """L4: groups of two, with room for one group, take turns; none waits for ever with half of what it needs."""
+    registry = await make_registry(MemoryStore(ARTIFACTS))
+    await with_room_for(registry, "m0", "m1")
+    order: list[str] = []
+
+    async def use(first: str, second: str) -> None:
+        async with registry.acquire_many([first, second]) as leases:
+            assert [lease.name for lease in leases] == [first, second]
+            await settle()
+            await assert_answer(*leases)
+            order.append(first + second)
+
+    pairs = [(f"m{one}", f"m{other}") for one in range(6) for other in range(6) if one != other]
+    async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+        for pair in pairs:
+            group.create_task(use(*pair))
+    assert sorted(order) == [first + second for first, second in pairs]
+    assert registry._state.ledger.leases == 0
+
+
+async def test_groups_share_what_others_load(make_registry: MakeRegistry) -> None:
+    """F1: a load under way is waited for, not repeated; a caller who comes later shares what a group loads."""
+    store = GatedStore(ARTIFACTS)
+    store.open("m1")
+    registry = await make_registry(store)
+    call = asyncio.create_task(registry.predict("m0", ROWS))
+    await store.fetched(1)
+
+    async def take() -> None:
+        async with registry.acquire_many(["m0", "m1"]) as leases:
+            await assert_answer(*leases)
+
+    group = asyncio.create_task(take())
+    await settle()
+    assert store.fetches.count("m0") == 1
+    store.open("m0")
+    await group
+    await call
+    assert registry.stats().loads == 2
+
+
+async def test_a_caller_shares_what_a_group_loads(make_registry: MakeRegistry) -> None:
+    """F1: one load for both, with the bytes that the group was granted."""
+    store = GatedStore(ARTIFACTS)
+    registry = await make_registry(store)
+    async with AsyncExitStack() as stack:
+        taking = asyncio.create_task(stack.enter_async_context(registry.acquire_many(["m0", "m1"])))
+        await store.fetched(2)
+        call = asyncio.create_task(registry.predict("m0", ROWS))
+        store.open("m0", "m1")
+        assert np.array_equal(await call, FLEET["m0"].expected(ROWS))
+        await assert_answer(*await taking)
+    assert registry.stats().loads == 2
+
+
+# Or none
+
+
+async def test_a_missing_name_costs_nobody_anything(make_registry: MakeRegistry) -> None:
+    """L3: the group is refused before anybody is evicted for those of it that are there."""
+    registry = await make_registry(MemoryStore(ARTIFACTS))
+    await with_room_for(registry, "m0", "m1")
+    for name in ("m0", "m1"):
+        await registry.load(name)
+    evicted = evictions(registry)
+    for group in (["m2", "absent"], ["absent", "m2"], ["m0", "m2", "absent"]):
+        with pytest.raises(ModelNotFoundError, match="absent"):
+            async with registry.acquire_many(group):
+                raise AssertionError("unreachable")
+    with pytest.raises(InvalidModelNameError):
+        async with registry.acquire_many(["m2", "../absent"]):
+            raise AssertionError("unreachable")
+    assert evicted == []
+    assert resident(registry) == ["m0", "m1"]
+    assert registry._state.ledger.leases == 0
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
+async def test_a_group_beyond_the_budget_is_refused_at_once(make_registry: MakeRegistry, known: bool) -> None:
+    """L3: with the figures, and nothing is evicted for it, whether or not its models were ever loaded."""
+    registry = await make_registry(MemoryStore(PACKED))
+    sizes = await with_room_for(registry, "m0", "m1", known=known)
+    await registry.load("m0")
+    evicted = evictions(registry)
+    with pytest.raises(ModelTooLargeError, match=r"m0, m1, m2, m3 take .* hold fewer at once") as caught:
+        async with registry.acquire_many(["m0", "m1", "m2", "m3"]):
+            raise AssertionError("unreachable")
+    assert caught.value.model == "m0, m1, m2, m3"
+    assert caught.value.budget == registry.stats().budget < caught.value.needed
+    if known:
+        assert caught.value.needed == pytest.approx(sum(sizes[name] for name in ("m0", "m1", "m2", "m3")), rel=0.1)
+    assert evicted == []
+    assert registry._state.ledger.leases == 0
+
+
+async def test_a_group_that_waits_in_vain_names_the_holders(make_registry: MakeRegistry) -> None:
+    """L4: it gives up after load_timeout, holding nothing before or after."""
+    registry = await make_registry(MemoryStore(ARTIFACTS))
+    await with_room_for(registry, "m0", "m1")
+    await registry.load("m0")
+    async with registry.acquire("m1"):
+        registry._loader.timeout = 0.1
+        with pytest.raises(BudgetTimeoutError, match="held by leases and pins of m1") as caught:
+            async with registry.acquire_many(["m0", "m2"]):
+                raise AssertionError("unreachable")
+        assert caught.value.model == "m0, m2"
+        assert caught.value.holders == ("m1",)
+        assert registry._state.ledger.leases == 1
+        assert "m0" in resident(registry)
+    assert not registry._state.ledger.queue
+
+
+async def test_a_group_holds_nothing_while_it_waits(make_registry: MakeRegistry) -> None:
+    """L3, L4: what is resident of it serves others and can be evicted; it is granted when a lease ends."""
+    registry = await make_registry(MemoryStore(ARTIFACTS), policy="lru")
+    await with_room_for(registry, "m0", "m1")
+    await registry.load("m0")
+    async with registry.acquire("m1"), pending(registry, "m0", "m2") as group:
+        assert registry._state.ledger.leases == 1
+        assert np.array_equal(await registry.predict("m0", ROWS), FLEET["m0"].expected(ROWS))
+        assert not group.done()
+    await group
+    assert sorted(resident(registry)) == ["m0", "m2"]
+
+
+async def test_a_group_waits_for_pins_with_nothing_in_hand(make_registry: MakeRegistry) -> None:
+    """L3: others load meanwhile; it is told when there is room; a pin on a model of its own is no obstacle."""
+    registry = await make_registry(MemoryStore(ARTIFACTS))
+    await with_room_for(registry, "m0", "m1")
+    await registry.pin("m0")
+    async with registry.acquire_many(["m0", "m1"]) as leases:
+        await assert_answer(*leases)
+    async with pending(registry, "m1", "m2") as group:
+        assert registry._state.ledger.parked
+        for name in ("m3", "m4"):
+            assert np.array_equal(await registry.predict(name, ROWS), FLEET[name].expected(ROWS))
+        registry.unpin("m0")
+    await group
+
+
+async def test_a_failing_load_gives_the_others_back(make_registry: MakeRegistry) -> None:
+    """L4: a model that turns out damaged after the bytes were granted leaves no lease, and the others resident."""
+    broken = {**ARTIFACTS, "broken.ubj": FLEET["m0"].ubj[:-200]}
+    registry = await make_registry(MemoryStore(broken))
+    await registry.load("m0")
+    with pytest.raises(CorruptArtifactError) as caught:
+        async with registry.acquire_many(["m0", "broken", "m1"]):
+            raise AssertionError("unreachable")
+    assert caught.value.model == "broken"
+    await settle()
+    assert registry._state.ledger.leases == 0
+    async with registry.acquire_many(["m0", "m1"]) as leases:
+        await assert_answer(*leases)
+
+
+# At any moment
+
+
+async def test_a_group_can_be_cancelled_at_any_moment(make_registry: MakeRegistry) -> None:
+    """F3, L4: after each number of steps of the event loop, from the first to the last; nothing is left of it."""
+    registry = await make_registry(MemoryStore(ARTIFACTS))
+    await with_room_for(registry, "m0", "m1", "m2")
+    steps, finished = 0, False
+    while not finished:
+        for name in ("m3", "m4"):
+            await registry.load(name)
+        async with AsyncExitStack() as stack:
+            group = registry.acquire_many(["m0", "m1", "m3"])
+            taking = asyncio.create_task(stack.enter_async_context(group))
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            taking.cancel()
+            (outcome,) = await asyncio.gather(taking, return_exceptions=True)
+            finished = not isinstance(outcome, BaseException)
+        while registry._state.flights.airborne or registry.stats().bytes_unloading:
+            await asyncio.sleep(0)
+        assert registry._state.ledger.leases == 0
+        assert registry.stats().bytes_reserved == 0
+        assert not registry._state.ledger.queue
+        for name in ("m0", "m1"):
+            await registry.unload(name)
+        steps += 1
+    assert steps > 10
+
+
+async def test_close_ends_groups_that_wait(make_registry: MakeRegistry) -> None:
+    """F11: for a size, for a lease, for an unpin, or for a load: each hears that the registry was closed."""
+    store = GatedStore(ARTIFACTS)
+    store.open(*FLEET)
+    registry = await make_registry(store)
+    await with_room_for(registry, "m0", "m1", "m2")
+    await registry.pin("m0")
+    held = registry.acquire("m1")
+    await held.__aenter__()
+    calls = [asyncio.create_task(take_and_fail(registry, *names)) for names in (("m2", "m3"), ("m3", "m4", "m5"))]
+    while not (registry._state.ledger.queue and registry._state.ledger.parked):
+        await asyncio.sleep(0)
+    closing = asyncio.create_task(registry.close())
+    await asyncio.gather(*calls)
+    await held.__aexit__(None, None, None)
+    await closing
+
+
+async def take_and_fail(registry: ModelRegistry, *names: str) -> None:
+    with pytest.raises(RegistryClosedError):
+        async with registry.acquire_many(names):
+            raise AssertionError("unreachable")
+
+
+async def test_close_ends_a_group_that_asks_for_sizes(make_registry: MakeRegistry) -> None:
+    """F11: the store never answers."""
+    store = GatedStore(ARTIFACTS)
+    registry = await make_registry(store)
+    call = asyncio.create_task(take_and_fail(registry, "m0", "m1"))
+    waiting = asyncio.create_task(registry.predict("m2", ROWS))
+    await store.fetched(3)
+    behind = asyncio.create_task(take_and_fail(registry, "m2", "m3"))
+    await settle()
+    await registry.close()
+    await asyncio.gather(call, behind)
+    with pytest.raises(RegistryClosedError):
+        await waiting
+
+
+async def test_a_model_that_outgrows_its_share_sends_the_group_back(make_registry: MakeRegistry) -> None:
+    """L6: what was taken for enough is not, and the rest is leased: the group holds nothing while it waits again."""
+    registry = await make_registry(MemoryStore(ARTIFACTS))
+    sizes = await with_room_for(registry, "m0", "m1", "m2")
+    registry._state.sizes._known.clear()
+    registry._state.sizes.bounds = lambda unpacked, suffix: Bounds(0, unpacked // 2)  # type: ignore[method-assign]
+    async with registry.acquire("m2"):
+        registry.resize(sizes["m2"] + sizes["m0"] + sizes["m1"] // 2)
+        async with pending_after_loads(registry, "m0", "m1") as group:
+            assert registry._state.ledger.leases == 1, "only the one on m2"
+        assert not group.done()
+        registry.resize("64 MiB")
+        await group
+    assert sorted(resident(registry)) == ["m0", "m1", "m2"]
+
+
+@asynccontextmanager
+async def pending_after_loads(registry: ModelRegistry, *names: str) -> AsyncIterator[asyncio.Task[None]]:
+    """A group that has found out, by loading, that it does not fit beside what is leased."""
+
+    async def take() -> None:
+        async with registry.acquire_many(names) as leases:
+            await assert_answer(*leases)
+
+    task = asyncio.create_task(take())
+    while len(registry._state.sizes._known) < len(names) or not registry._state.ledger.queue:
+        await asyncio.sleep(0)
+    yield task
+
+
+async def test_a_store_that_fails_fails_the_group(make_registry: MakeRegistry) -> None:
+    """F6, F8: with the store's own error, which is remembered as a load's would be."""
+
+    class Broken(MemoryStore):
+        asked = 0
+
+        async def fetch(self, name: str, *, if_version: str | None = None) -> Any:
+            if name == "m1":
+                self.asked += 1
+                raise ConnectionError("gone")
+            return await super().fetch(name, if_version=if_version)
+
+    store = Broken(ARTIFACTS)
+    registry = await make_registry(store, failure_ttl=60)
+    for _ in range(3):
+        with pytest.raises(StoreError, match="ConnectionError: gone"):
+            async with registry.acquire_many(["m0", "m1"]):
+                raise AssertionError("unreachable")
+    assert store.asked == 1
+    assert registry.stats().load_failures == 1
+
+
+async def test_without_retention_a_group_stays_for_its_block(make_registry: MakeRegistry) -> None:
+    """api.md: ``retain=False`` unloads each model when the last lease on it ends."""
+    registry = await make_registry(MemoryStore(ARTIFACTS), retain=False)
+    async with registry.acquire_many(["m0", "m1"]) as leases:
+        await assert_answer(*leases)
+        await assert_answer(*leases)
+        assert sorted(resident(registry)) == ["m0", "m1"]
+    while registry.stats().bytes_unloading:
+        await asyncio.sleep(0)
+    assert resident(registry) == []
