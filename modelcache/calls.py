@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from time import monotonic
+from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import numpy as np
 from modelcache.errors import InvalidInputError, OverloadedError, PredictTimeoutError
 from modelcache.inputs import align, as_matrix
 from modelcache.pool.wire import OUTPUTS, PAYLOAD_LIMIT
+from modelcache.records import Timings
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -65,13 +66,27 @@ class Call:
 class Trace:
     """What ``invoke`` wants to know of a call."""
 
-    __slots__ = ("asked", "entry", "waited")
+    __slots__ = ("asked", "entry", "started", "waited")
 
     def __init__(self) -> None:
         self.entry: Entry[Resident]
+        self.started = perf_counter()
         self.waited: float | None = None
         """Seconds for the model to become resident; None for a hit."""
         self.asked = 0.0
+        """When the worker that answered was asked."""
+
+    def timings(self) -> Timings:
+        """Say where the time went; the answer has just come."""
+        place, ended = self.entry.value, perf_counter()
+        downloading, loading = (place.downloading, place.loading) if self.waited is not None else (0.0, 0.0)
+        return Timings(
+            waiting=max(0.0, (self.waited or 0.0) - downloading - loading),
+            downloading=downloading,
+            loading=loading,
+            predicting=ended - self.asked,
+            total=ended - self.started,
+        )
 
 
 async def ask(entry: Entry[Resident], call: Call) -> Matrix:

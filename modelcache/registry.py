@@ -14,15 +14,10 @@ import warnings
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, Self
 
+from modelcache.answering import Answering
 from modelcache.cache.entry import State
 from modelcache.cache.policies import make_policy
-from modelcache.calls import Call, Trace, ask
-from modelcache.errors import (
-    LoadTimeoutError,
-    ModelCacheError,
-    StoreError,
-    WorkerCrashedError,
-)
+from modelcache.errors import ModelCacheError, StoreError
 from modelcache.explaining import explain
 from modelcache.groups import Groups
 from modelcache.lease import Lease
@@ -30,10 +25,9 @@ from modelcache.leasing import Leasing
 from modelcache.lifecycle import Lifecycle
 from modelcache.loader import Loader
 from modelcache.names import check_name
-from modelcache.pool.lost import WorkerLostError
 from modelcache.pool.pool import XGBOOST, Pool
 from modelcache.preloading import preload
-from modelcache.records import Invocation, RegistryStats, Timings, WorkerDied
+from modelcache.records import Invocation, RegistryStats, WorkerDied
 from modelcache.residency import Residency
 from modelcache.sizing import default_budget, parse_bytes, usable_cores
 from modelcache.stores import ArtifactStore, open_store
@@ -45,12 +39,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from modelcache.cache.entry import Entry
     from modelcache.cache.policies import PolicySpec
     from modelcache.pool.lost import Epitaph
     from modelcache.pool.pool import Worker
     from modelcache.records import Event, ModelInfo, Output, PreloadProgress, PreloadReport
-    from modelcache.residency import Resident
 
     Matrix = NDArray[np.float32]
 
@@ -112,11 +104,13 @@ class ModelRegistry:
         )
         self._loader = Loader(self._state, self._store, self._pool, concurrency=load_concurrency, timeout=load_timeout)
         self._load_concurrency = load_concurrency
-        self._queue_limit = queue_limit
         self._life = Lifecycle(on_fork=self._pool.abandon)
         self._leasing = Leasing(self._state, self._loader, self._life, retain=retain)
         self._starting: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
+        self._answering = Answering(
+            self._state, self._leasing, self._loader.quarantine, self._life, self.start, queue_limit=queue_limit
+        )
         self._groups = Groups(self._state, self._loader, self._leasing, self._life)
         self._background: set[asyncio.Task[Any]] = set()
 
@@ -221,7 +215,7 @@ class ModelRegistry:
 
         The result is float32 of shape (n,), or (n, k) for a model of k outputs: one row gives (1,) or (1, k).
         """
-        return await self._answer(name, rows, output, timeout)
+        return await self._answering.predict(name, rows, output, timeout)
 
     async def invoke(
         self,
@@ -232,92 +226,7 @@ class ModelRegistry:
         timeout: float | None = None,
     ) -> Invocation:
         """Predict, and tell which model answered, where it was when the call came, and where the time went."""
-        started, trace = time.perf_counter(), Trace()
-        predictions = await self._answer(name, rows, output, timeout, trace)
-        place, waited, ended = trace.entry.value, trace.waited, time.perf_counter()
-        cold = waited is not None
-        downloading, loading = (place.downloading, place.loading) if cold else (0.0, 0.0)
-        return Invocation(
-            predictions,
-            self._state.info(trace.entry),
-            "store" if cold else "memory",
-            Timings(
-                waiting=max(0.0, (waited or 0.0) - downloading - loading),
-                downloading=downloading,
-                loading=loading,
-                predicting=ended - trace.asked,
-                total=ended - started,
-            ),
-        )
-
-    async def _answer(
-        self,
-        name: str,
-        rows: Any,
-        output: Output,
-        timeout: float | None,
-        trace: Trace | None = None,
-    ) -> Matrix:
-        call = Call(rows, output, timeout, self._queue_limit)
-        for _ in range(2):
-            entry = self._leasing.take_resident(name) or await self._take_cold(name, call.deadline, trace)
-            if trace is not None:
-                trace.entry, trace.asked = entry, time.perf_counter()
-            try:
-                answer = await ask(entry, call)
-            except WorkerLostError as error:
-                self._life.check()  # perhaps it was ended by close()
-                call.lost = error.epitaph
-            else:
-                self._loader.quarantine.acquit(entry)
-                return answer
-            finally:
-                self._leasing.release(entry)
-        raise _crashed_twice(name, call.lost)
-
-    async def _take_cold(self, name: str, deadline: float, trace: Trace | None) -> Entry[Resident]:
-        started = time.perf_counter()
-        check_name(name)
-        await self._started_by(deadline)
-        entry = self._leasing.take_resident(name)
-        if entry is None:
-            entry = await self._leasing.take_cold(name, deadline)
-            if trace is not None:
-                trace.waited = time.perf_counter() - started
-        return entry
-
-    async def _started_by(self, deadline: float) -> None:
-        try:
-            async with asyncio.timeout(deadline - time.monotonic() if deadline else None):
-                await self.start()
-        except TimeoutError as error:
-            raise LoadTimeoutError(
-                "The timeout passed while the workers were starting: await registry.start() when your app starts."
-            ) from error
-
-    async def predict_leased(self, lease: Lease, rows: Any, output: Output, timeout: float | None) -> Matrix:
-        """Predict with the version that ``lease`` holds; :meth:`Lease.predict` is the way to call it."""
-        self._life.check()
-        call = Call(rows, output, timeout, self._queue_limit)
-        for _ in range(2):
-            lease.check_held()
-            if lease.entry.state is State.GONE:  # its worker has ended
-                await self._renew(lease, call.deadline)
-                lease.check_held()
-            try:
-                return await ask(lease.entry, call)
-            except WorkerLostError as error:
-                self._life.check()
-                call.lost = error.epitaph
-        raise _crashed_twice(lease.name, call.lost)
-
-    async def _renew(self, lease: Lease, deadline: float) -> None:
-        """Let ``lease`` hold the model as loaded again, unless another of its calls was faster or it has ended."""
-        held = lease.entry
-        entry = await self._leasing.take(lease.name, deadline)
-        if lease.held and lease.entry is held:
-            lease.entry, entry = entry, held
-        self._leasing.release(entry)
+        return await self._answering.invoke(name, rows, output, timeout)
 
     # Holding models
 
@@ -325,7 +234,7 @@ class ModelRegistry:
     async def acquire(self, name: str) -> AsyncIterator[Lease]:
         """Hold ``name`` resident: ``async with registry.acquire(name) as lease: await lease.predict(rows)``."""
         await self.start()
-        lease = Lease(self, await self._leasing.take(name))
+        lease = Lease(self._answering, await self._leasing.take(name))
         try:
             yield lease
         finally:
@@ -345,7 +254,8 @@ class ModelRegistry:
                 f"acquire_many takes several names: write acquire_many([{names!r}]), or acquire({names!r})."
             )
         await self.start()
-        leases = [Lease(self, entry) for entry in await self._groups.take([check_name(name) for name in names])]
+        entries = await self._groups.take([check_name(name) for name in names])
+        leases = [Lease(self._answering, entry) for entry in entries]
         try:
             yield leases
         finally:
@@ -418,10 +328,6 @@ class ModelRegistry:
 
     # What is known
 
-    def info(self, entry: Entry[Resident]) -> ModelInfo:
-        """Describe the model of a lease; :attr:`Lease.model` is the way to call it."""
-        return self._state.info(entry)
-
     def loaded(self) -> list[ModelInfo]:
         """Return the resident models, least recently used first."""
         return [self._state.info(entry) for entry in self._state.ledger.table.values()]
@@ -489,11 +395,3 @@ def _check_counts(**options: int | None) -> None:
 def _check_seconds(name: str, value: float, none: float | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not (value > 0 or value == none):
         raise ValueError(f"{name} is {value!r}: it has to be a positive number of seconds.")
-
-
-def _crashed_twice(name: str, epitaph: Epitaph | None) -> WorkerCrashedError:
-    assert epitaph is not None
-    return WorkerCrashedError(
-        f"Two workers ended while {name} was predicting: {epitaph}.",
-        model=name, pid=epitaph.pid, signal=epitaph.signal, exit_code=epitaph.exit_code,
-    )  # fmt: skip

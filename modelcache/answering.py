@@ -1,0 +1,138 @@
+"""How a call gets its answer: a lease, a worker, and if that ends, one more."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any
+
+from modelcache.cache.entry import State
+from modelcache.calls import Call, Trace, ask
+from modelcache.errors import LoadTimeoutError, WorkerCrashedError
+from modelcache.names import check_name
+from modelcache.pool.lost import WorkerLostError
+from modelcache.records import Invocation
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from modelcache.cache.entry import Entry
+    from modelcache.lease import Lease
+    from modelcache.leasing import Leasing
+    from modelcache.lifecycle import Lifecycle
+    from modelcache.pool.lost import Epitaph
+    from modelcache.quarantine import Quarantine
+    from modelcache.records import ModelInfo, Output
+    from modelcache.residency import Residency, Resident
+
+    Matrix = NDArray[np.float32]
+
+
+class Answering:
+    """Answers calls; ``start`` makes sure that the workers are up, ``queue_limit`` is for each of them."""
+
+    def __init__(
+        self,
+        state: Residency,
+        leasing: Leasing,
+        quarantine: Quarantine,
+        life: Lifecycle,
+        start: Callable[[], Awaitable[object]],
+        *,
+        queue_limit: int,
+    ) -> None:
+        self._state = state
+        self._leasing = leasing
+        self._quarantine = quarantine
+        self._life = life
+        self._start = start
+        self._queue_limit = queue_limit
+
+    async def predict(
+        self, name: str, rows: Any, output: Output, timeout: float | None, trace: Trace | None = None
+    ) -> Matrix:
+        """Return predictions; ``trace`` takes note of what became of the call."""
+        call = Call(rows, output, timeout, self._queue_limit)
+        for _ in range(2):
+            entry = self._leasing.take_resident(name) or await self._take_cold(name, call.deadline, trace)
+            if trace is not None:
+                trace.entry, trace.asked = entry, time.perf_counter()
+            try:
+                answer = await ask(entry, call)
+            except WorkerLostError as error:
+                self._life.check()  # perhaps it was ended by close()
+                call.lost = error.epitaph
+            else:
+                self._quarantine.acquit(entry)
+                return answer
+            finally:
+                self._leasing.release(entry)
+        raise _crashed_twice(name, call.lost)
+
+    async def invoke(self, name: str, rows: Any, output: Output, timeout: float | None) -> Invocation:
+        """Return predictions and what there is to know about them."""
+        trace = Trace()
+        predictions = await self.predict(name, rows, output, timeout, trace)
+        timings = trace.timings()
+        return Invocation(
+            predictions, self._state.info(trace.entry), "memory" if trace.waited is None else "store", timings
+        )
+
+    async def predict_leased(self, lease: Lease, rows: Any, output: Output, timeout: float | None) -> Matrix:
+        """Predict with the version that ``lease`` holds; :meth:`Lease.predict` is the way to call it."""
+        self._life.check()
+        call = Call(rows, output, timeout, self._queue_limit)
+        for _ in range(2):
+            lease.check_held()
+            if lease.entry.state is State.GONE:  # its worker has ended
+                await self._renew(lease, call.deadline)
+                lease.check_held()
+            try:
+                return await ask(lease.entry, call)
+            except WorkerLostError as error:
+                self._life.check()
+                call.lost = error.epitaph
+        raise _crashed_twice(lease.name, call.lost)
+
+    def info(self, entry: Entry[Resident]) -> ModelInfo:
+        """Describe the model of a lease; :attr:`Lease.model` is the way to call it."""
+        return self._state.info(entry)
+
+    async def _take_cold(self, name: str, deadline: float, trace: Trace | None) -> Entry[Resident]:
+        started = time.perf_counter()
+        check_name(name)
+        await self._started_by(deadline)
+        entry = self._leasing.take_resident(name)
+        if entry is None:
+            entry = await self._leasing.take_cold(name, deadline)
+            if trace is not None:
+                trace.waited = time.perf_counter() - started
+        return entry
+
+    async def _started_by(self, deadline: float) -> None:
+        try:
+            async with asyncio.timeout(deadline - time.monotonic() if deadline else None):
+                await self._start()
+        except TimeoutError as error:
+            raise LoadTimeoutError(
+                "The timeout passed while the workers were starting: await registry.start() when your app starts."
+            ) from error
+
+    async def _renew(self, lease: Lease, deadline: float) -> None:
+        """Let ``lease`` hold the model as loaded again, unless another of its calls was faster or it has ended."""
+        held = lease.entry
+        entry = await self._leasing.take(lease.name, deadline)
+        if lease.held and lease.entry is held:
+            lease.entry, entry = entry, held
+        self._leasing.release(entry)
+
+
+def _crashed_twice(name: str, epitaph: Epitaph | None) -> WorkerCrashedError:
+    assert epitaph is not None
+    return WorkerCrashedError(
+        f"Two workers ended while {name} was predicting: {epitaph}.",
+        model=name, pid=epitaph.pid, signal=epitaph.signal, exit_code=epitaph.exit_code,
+    )  # fmt: skip
