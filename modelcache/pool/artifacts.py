@@ -88,7 +88,8 @@ class Loading:
 
     def grant(self, allowed: int) -> None:
         """Answer ``needed``: the reservation covers ``allowed`` unpacked bytes now."""
-        self.needed = 0
+        if self.needed <= allowed:  # it may have grown while bytes were claimed for it
+            self.needed = 0
         self._channel.command(wire.GRANT, self.model, allowed)
 
     async def news(self) -> None:

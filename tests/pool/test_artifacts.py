@@ -1,0 +1,43 @@
+"""The artifact lane, parent side: what a worker asks for is answered, in whatever order its reports come in."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import pytest
+
+from lanes import FakeTransport
+from modelcache.pool import wire
+from modelcache.pool.artifacts import ArtifactChannel
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+
+@pytest.fixture
+async def channel() -> AsyncIterator[ArtifactChannel]:
+    """A lane whose worker is played by the test."""
+    transport = FakeTransport()
+    channel = ArtifactChannel(lambda: None, hello=lambda _: None, unloaded=lambda _: None)
+    channel.connection_made(transport)
+    yield channel
+    transport.close()
+
+
+def report(kind: int, model: int, number: int) -> bytes:
+    return wire.ARTIFACT.pack(0, kind, 0, 0, model, number)
+
+
+async def test_a_need_that_has_grown_is_not_met_by_a_smaller_grant(channel: ArtifactChannel) -> None:
+    """L6: a second NEED that comes while the first one waits for its bytes is still open when those are granted."""
+    loading = channel.begin(7, 10)
+    channel.data_received(report(wire.NEED, 7, 20))
+    await loading.news()
+    channel.data_received(report(wire.NEED, 7, 40))
+    loading.grant(20)
+    assert loading.needed == 40
+    async with asyncio.timeout(1):
+        await loading.news()
+    loading.grant(40)
+    assert loading.needed == 0
