@@ -73,7 +73,7 @@ class Loader:
     def endow(self, flight: Flight, part: Claim) -> None:
         """Give ``flight`` bytes that a group has been granted for it, unless it has some already."""
         ledger = self._state.ledger
-        if flight.reserve is not None or (flight.claim is not None and flight.claim.granted):
+        if flight.reserve is not None:
             self._state.retire(ledger.give_back(part))
             return
         flight.reserve = part

@@ -12,6 +12,7 @@ import pytest
 import zoo
 from conftest import settle
 from modelcache import (
+    Artifact,
     BudgetTimeoutError,
     CorruptArtifactError,
     InvalidModelNameError,
@@ -190,6 +191,25 @@ async def test_a_caller_shares_what_a_group_loads(make_registry: MakeRegistry) -
     assert registry.stats().loads == 2
 
 
+async def test_what_was_loaded_before_the_group_woke_up_is_not_loaded_again(
+    make_registry: MakeRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F1: between the grant and the group's next step a caller may have brought one of its models."""
+    registry = await make_registry(MemoryStore(ARTIFACTS))
+    claim = registry._groups._claim
+
+    async def claim_and_sleep_late(*arguments: Any) -> Any:
+        group = await claim(*arguments)
+        await registry.predict("m1", ROWS)
+        return group
+
+    monkeypatch.setattr(registry._groups, "_claim", claim_and_sleep_late)
+    async with registry.acquire_many(["m0", "m1"]) as leases:
+        await assert_answer(*leases)
+        assert registry.stats().bytes_reserved == 0
+    assert registry.stats().loads == 2
+
+
 # Or none
 
 
@@ -320,6 +340,106 @@ async def test_a_group_can_be_cancelled_at_any_moment(make_registry: MakeRegistr
     assert steps > 10
 
 
+@pytest.mark.parametrize("ending", ["cancelled", "granted"])
+async def test_a_group_can_be_cancelled_in_the_tick_of_its_grant(make_registry: MakeRegistry, ending: str) -> None:
+    """F5: it has leases and bytes by then, and gives them back."""
+    registry = await make_registry(MemoryStore(ARTIFACTS))
+    await with_room_for(registry, "m0", "m1")
+    await registry.load("m0")
+    async with registry.acquire("m1"), pending(registry, "m0", "m2") as group:
+        registry.resize("64 MiB")
+        assert registry.stats().bytes_reserved > 0
+        assert registry._state.ledger.leases == 2
+        if ending == "cancelled":
+            group.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await group
+            assert registry.stats().bytes_reserved == 0
+            assert registry._state.ledger.leases == 1
+        else:
+            await group
+
+
+async def test_bytes_granted_for_a_load_that_never_begins_are_given_back(make_registry: MakeRegistry) -> None:
+    """L1: its group is cancelled while the load still waits for a slot."""
+    store = GatedStore(ARTIFACTS)
+    store.open(*FLEET)
+    registry = await make_registry(store, load_concurrency=1)
+    await with_room_for(registry, "m0", "m1")
+    store.shut("m5")
+    async with registry.acquire("m1"), pending(registry, "m0", "m2") as group:
+        holds_the_slot = asyncio.create_task(registry.predict("m5", ROWS))
+        await settle()
+        registry.resize("64 MiB")
+        await settle()
+        assert registry.stats().bytes_reserved > 0
+        group.cancel()
+        await settle()
+        assert registry.stats().bytes_reserved == 0
+        store.open("m5")
+        await holds_the_slot
+
+
+async def test_a_load_that_queues_takes_the_bytes_of_its_group(make_registry: MakeRegistry) -> None:
+    """L2, F1: its own claim, further back in the line, is given up."""
+    registry = await make_registry(MemoryStore(ARTIFACTS))
+    sizes = await with_room_for(registry, "m0", "m1")
+    await registry.load("m0")
+    async with registry.acquire("m1"), pending(registry, "m0", "m2") as group:
+        call = asyncio.create_task(registry.predict("m2", ROWS))
+        while len(registry._state.ledger.queue) < 2:
+            await asyncio.sleep(0)
+        registry.resize(registry.stats().budget + sizes["m2"])
+        await group
+        assert np.array_equal(await call, FLEET["m2"].expected(ROWS))
+    assert registry.stats().loads == len(FLEET) + 3
+
+
+async def test_a_group_claims_what_its_resident_models_really_take(make_registry: MakeRegistry) -> None:
+    """L3: not what was found out before they were loaded by somebody else."""
+    registry = await make_registry(MemoryStore(ARTIFACTS))
+    size = (await registry.load("m0")).size_bytes
+    deadline = asyncio.get_running_loop().time() + 10
+    group = await registry._groups._claim({"m0": Bounds(1, 2), "m1": Bounds(size, size)}, deadline)
+    assert group.needs == {"m0": size, "m1": size}
+    registry._groups._disband(group)
+
+
+async def test_a_model_of_unknown_size_may_outgrow_its_share(
+    make_registry: MakeRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """L6: a store that announces no sizes; the group comes back asking for what it knows by now, not for the same."""
+    kinds = {name: zoo.model(seed=seed, trees=200) for seed, name in enumerate(("a", "b", "c"))}
+    monkeypatch.setattr("test_groups.FLEET", kinds)
+
+    class Sizeless(GatedStore):
+        async def fetch(self, name: str, *, if_version: str | None = None) -> Any:
+            artifact = await super().fetch(name, if_version=if_version)
+            return Artifact(version="1", size=None, suffix=".ubj", chunks=small_chunks(artifact))
+
+    store = Sizeless({f"{name}.ubj": model.ubj for name, model in kinds.items()})
+    store.open(*kinds)
+    registry = await make_registry(store)
+    size = (await registry.load("c")).size_bytes
+    async with registry.acquire("c"):
+        registry.resize(2 * size + size // 2)
+        async with pending(registry, "a", "b") as group:
+            while registry._state.flights.airborne:
+                await asyncio.sleep(0)
+            asked = len(store.fetches)
+            await settle(500)
+            assert len(store.fetches) == asked, "it goes on asking"
+            assert registry._state.ledger.leases == 1
+        registry.resize("64 MiB")
+        await group
+
+
+async def small_chunks(artifact: Any) -> AsyncIterator[bytes]:
+    async for chunk in artifact.chunks:
+        for start in range(0, len(chunk), 4096):
+            yield chunk[start : start + 4096]
+
+
 async def test_close_ends_groups_that_wait(make_registry: MakeRegistry) -> None:
     """F11: for a size, for a lease, for an unpin, or for a load: each hears that the registry was closed."""
     store = GatedStore(ARTIFACTS)
@@ -344,6 +464,27 @@ async def take_and_fail(registry: ModelRegistry, *names: str) -> None:
             raise AssertionError("unreachable")
 
 
+async def test_close_ends_a_group_that_has_just_been_granted(
+    make_registry: MakeRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F11: in the tick in which all loads are cancelled; it starts no more of them."""
+    registry = await make_registry(MemoryStore(ARTIFACTS))
+    await with_room_for(registry, "m0", "m1")
+    ground = registry._ground_flights
+
+    async def grant_and_ground() -> None:
+        registry.resize("64 MiB")
+        await ground()
+
+    monkeypatch.setattr(registry, "_ground_flights", grant_and_ground)
+    async with registry.acquire("m1"), pending(registry, "m0", "m2") as group:
+        closing = asyncio.create_task(registry.close())
+        with pytest.raises(RegistryClosedError):
+            await group
+        assert registry.stats().bytes_reserved == 0
+    await closing
+
+
 async def test_close_ends_a_group_that_asks_for_sizes(make_registry: MakeRegistry) -> None:
     """F11: the store never answers."""
     store = GatedStore(ARTIFACTS)
@@ -351,10 +492,11 @@ async def test_close_ends_a_group_that_asks_for_sizes(make_registry: MakeRegistr
     call = asyncio.create_task(take_and_fail(registry, "m0", "m1"))
     waiting = asyncio.create_task(registry.predict("m2", ROWS))
     await store.fetched(3)
-    behind = asyncio.create_task(take_and_fail(registry, "m2", "m3"))
+    behind = asyncio.create_task(take_and_fail(registry, "m2"))
     await settle()
     await registry.close()
     await asyncio.gather(call, behind)
+    assert store.fetches.count("m2") == 1
     with pytest.raises(RegistryClosedError):
         await waiting
 

@@ -444,7 +444,7 @@ class ResidencyMachine(RuleBasedStateMachine):
 
     def endow(self, flight: Flight, part: Claim) -> None:
         """As ``Loader.endow``."""
-        if flight.reserve is not None or (flight.claim is not None and flight.claim.granted):
+        if flight.reserve is not None:
             self.decide(lambda: self.ledger.give_back(part))
             return
         flight.reserve = part
