@@ -211,7 +211,7 @@ class Attempt:
 
     async def _begin(self, allowed: int) -> Loading:
         self._worker = await self._pool.place()
-        self._loading = self._worker.begin_load(self._pool.next_number(), allowed)
+        self._loading = self._worker.begin_load(self._pool.next_number(), allowed, self._artifact.digest)
         self._charge()
         return self._loading
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -46,6 +47,11 @@ class CutsShort(Changed):
 class AnnouncesWrongly(Changed):
     def change(self, artifact: Artifact, name: str) -> Artifact:
         return replace(artifact, size=(artifact.size or 0) + 1)
+
+
+class AnnouncesAnotherDigest(Changed):
+    def change(self, artifact: Artifact, name: str) -> Artifact:
+        return replace(artifact, digest=hashlib.sha256(name.encode()).hexdigest())
 
 
 class ForgetsItsSuffix(Changed):
@@ -137,9 +143,9 @@ class ClosesOnce(MemoryStore):
 
 
 BAD_STORES = [
-    CutsShort, AnnouncesWrongly, ForgetsItsSuffix, HasEverNewVersions, HasNoVersions, SharesItsReader,
-    PrefersAnotherSuffix, NeverSaysNotModified, AlwaysSaysNotModified, RaisesKeyError, FindsWhatIsMissing,
-    ListsSuffixes, ListsTwice, IgnoresThePrefix, ClosesOnce,
+    CutsShort, AnnouncesWrongly, AnnouncesAnotherDigest, ForgetsItsSuffix, HasEverNewVersions, HasNoVersions,
+    SharesItsReader, PrefersAnotherSuffix, NeverSaysNotModified, AlwaysSaysNotModified, RaisesKeyError,
+    FindsWhatIsMissing, ListsSuffixes, ListsTwice, IgnoresThePrefix, ClosesOnce,
 ]  # fmt: skip
 
 
@@ -155,13 +161,13 @@ async def test_check_store_catches_a_fault(store: type[MemoryStore]) -> None:
 
 
 async def test_check_store_takes_a_store_that_cannot_list() -> None:
-    """names() is optional, and a store may not know sizes."""
+    """names() is optional, and a store may know neither sizes nor digests."""
 
     class Sizeless(Changed):
         names = None  # type: ignore[assignment]
 
         def change(self, artifact: Artifact, name: str) -> Artifact:
-            return replace(artifact, size=None)
+            return replace(artifact, size=None, digest=None)
 
     async def make(artifacts: Any) -> MemoryStore:
         return Sizeless(artifacts)

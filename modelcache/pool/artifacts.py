@@ -127,10 +127,10 @@ class ArtifactChannel(Channel):
         """True while an artifact is on its way into the worker."""
         return bool(self._loadings)
 
-    def begin(self, model: int, allowed: int) -> Loading:
-        """Announce an artifact whose reservation covers ``allowed`` unpacked bytes."""
+    def begin(self, model: int, allowed: int, digest: str | None = None) -> Loading:
+        """Announce an artifact whose reservation covers ``allowed`` unpacked bytes, and its SHA-256 if known."""
         loading = self._loadings[model] = Loading(self, model)
-        self.command(wire.BEGIN, model, allowed)
+        self.command(wire.BEGIN, model, allowed, bytes.fromhex(digest or ""))
         return loading
 
     def unload(self, model: int) -> None:

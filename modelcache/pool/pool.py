@@ -95,10 +95,10 @@ class Worker:
         if not self.alive:
             raise WorkerLostError(self._epitaph())
 
-    def begin_load(self, model: int, allowed: int) -> Loading:
+    def begin_load(self, model: int, allowed: int, digest: str | None = None) -> Loading:
         """Announce an artifact; raises WorkerLostError if the worker has ended meanwhile."""
         self.check_alive()
-        return self.process.artifacts.begin(model, allowed)
+        return self.process.artifacts.begin(model, allowed, digest)
 
     def forget_load(self, loading: Loading) -> None:
         """Listen no more to a load that is given up."""

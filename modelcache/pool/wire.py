@@ -15,8 +15,9 @@ Every header starts with the payload's length, then the kind of the frame:
 
     BEGIN    model, allowed      an artifact follows; `allowed` is the unpacked size its reservation covers, 0 to be
                                  told by NEED what the first chunk announces
+                                 payload: the SHA-256 of the artifact, 32 bytes, or nothing if it is not known
     CHUNK    model               payload: the next bytes of the artifact
-    END      model               the artifact is complete: load it
+    END      model               the artifact is complete: compare its digest, and load it
     GRANT    model, allowed      the reservation has grown
     UNLOAD   model               free the model, or forget the artifact
     MEASURE                      report the heap

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from modelcache.errors import StoreError
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +29,21 @@ class Artifact:
     suffix: str
     """The suffix that answered, such as ".tar.gz"; "" if the store has none."""
     chunks: AsyncIterator[bytes]
+    digest: str | None = None
+    """The SHA-256 of all bytes as 64 lower-case hexadecimal digits, if the store knows it. The worker that the bytes go
+    to computes it again: with any other the load fails, before anything is parsed. Upper case is made lower; what is no
+    SHA-256 at all raises StoreError here, in the store that has announced it."""
+
+    def __post_init__(self) -> None:
+        if self.digest is None:
+            return
+        digest = self.digest.lower() if isinstance(self.digest, str) else ""
+        if not _SHA256.fullmatch(digest):
+            raise StoreError(
+                f"The store announced the digest {self.digest!r}: it has to be a SHA-256 as 64 hexadecimal digits, "
+                "as hashlib.sha256(data).hexdigest() gives it, or None."
+            )
+        object.__setattr__(self, "digest", digest)  # the dataclass is frozen for everybody else
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from modelcache.errors import InvalidModelNameError, ModelNotFoundError
 from modelcache.names import SUFFIXES, check_name, split_suffix
@@ -15,14 +15,19 @@ if TYPE_CHECKING:
 _CHUNK = 256 << 10
 
 
+class _Stored(NamedTuple):
+    data: bytes
+    digest: str
+
+
 class MemoryStore:
     """Serves ``artifacts``: bytes by file name, suffix included, such as ``{"Chicago_IL.tar.gz": data}``.
 
-    The version is a digest of the bytes. :meth:`put` and :meth:`remove` change what it has.
+    It announces the digest of each, whose start is the version. :meth:`put` and :meth:`remove` change what it has.
     """
 
     def __init__(self, artifacts: Mapping[str, bytes] | None = None) -> None:
-        self._artifacts: dict[str, bytes] = {}
+        self._artifacts: dict[str, _Stored] = {}
         for name, data in (artifacts or {}).items():
             self.put(name, data)
 
@@ -32,7 +37,8 @@ class MemoryStore:
             raise InvalidModelNameError(
                 f"{name!r} would never be found. Add its suffix: {', '.join(SUFFIXES)}.", model=name
             )
-        self._artifacts[name] = bytes(data)
+        stored = bytes(data)
+        self._artifacts[name] = _Stored(stored, hashlib.sha256(stored).hexdigest())
 
     def remove(self, name: str) -> None:
         """Remove an artifact; KeyError if there is none."""
@@ -42,9 +48,9 @@ class MemoryStore:
         """Return the artifact."""
         suffix = split_suffix(name)[1]
         for candidate in (suffix,) if suffix else SUFFIXES:
-            data = self._artifacts.get(name if suffix else name + candidate)
-            if data is not None:
-                return _artifact(data, candidate, if_version)
+            stored = self._artifacts.get(name if suffix else name + candidate)
+            if stored is not None:
+                return _artifact(stored, candidate, if_version)
         raise ModelNotFoundError(f"The memory store has no model {name!r}: put(name, data) adds one.", model=name)
 
     async def names(self, prefix: str = "") -> AsyncIterator[str]:
@@ -60,11 +66,12 @@ class MemoryStore:
         return f"memory ({len(self._artifacts)} artifacts)"
 
 
-def _artifact(data: bytes, suffix: str, if_version: str | None) -> Artifact | NotModified:
-    version = hashlib.sha256(data).hexdigest()[:16]
+def _artifact(stored: _Stored, suffix: str, if_version: str | None) -> Artifact | NotModified:
+    data, digest = stored
+    version = digest[:16]
     if version == if_version:
         return NotModified(version)
-    return Artifact(version=version, size=len(data), suffix=suffix, chunks=_chunks(data))
+    return Artifact(version=version, size=len(data), suffix=suffix, chunks=_chunks(data), digest=digest)
 
 
 async def _chunks(data: bytes) -> AsyncIterator[bytes]:

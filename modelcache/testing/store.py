@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING
 
 from modelcache.errors import ModelNotFoundError
@@ -45,6 +46,8 @@ async def _check_bytes(store: ArtifactStore) -> None:
         got = await _read(artifact)
         assert got == data, f"{file}: {len(got)} bytes delivered, {len(data)} stored, or they differ"
         assert artifact.size in (None, len(data)), f"{file}: announced {artifact.size} bytes, has {len(data)}"
+        digest = hashlib.sha256(data).hexdigest()
+        assert artifact.digest in (None, digest), f"{file}: announced the SHA-256 {artifact.digest}, has {digest}"
     one, two = await _fetch(store, "large"), await _fetch(store, "plain")
     assert await _read(two) == _ARTIFACTS["plain.ubj"], "two fetches at once disturb each other"
     assert await _read(one) == _ARTIFACTS["large.ubj"], "two fetches at once disturb each other"

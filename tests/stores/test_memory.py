@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -40,6 +41,14 @@ async def test_put_and_remove_change_what_it_has() -> None:
         await store.fetch("a")
     with pytest.raises(KeyError):
         store.remove("a.ubj")
+
+
+async def test_it_announces_what_its_bytes_hash_to() -> None:
+    """A2: the digest is that of all bytes, and the version is its start."""
+    artifact = await MemoryStore({"a.ubj": b"one"}).fetch("a")
+    assert isinstance(artifact, Artifact)
+    assert artifact.digest == hashlib.sha256(b"one").hexdigest()
+    assert artifact.digest.startswith(artifact.version)
 
 
 async def test_it_copies_what_it_is_given() -> None:
