@@ -337,7 +337,7 @@ async def test_resize_below_what_a_load_waits_for_refuses_it(make_registry: Make
     await shrink_to(registry, "m0", "m1")
     store = registry._store
     assert isinstance(store, MemoryStore)
-    store.put("big.ubj", zoo.model(trees=35).ubj)
+    store.put("big.ubj", zoo.model(trees=45).ubj)
     async with registry.acquire("m0"):
         call = asyncio.create_task(registry.predict("big", ROWS))
         while not registry._state.ledger.queue:
