@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from modelcache.errors import InvalidInputError, OverloadedError, PredictTimeoutError
+from modelcache.errors import InvalidInputError, ModelCacheError, OverloadedError, PredictTimeoutError
 from modelcache.inputs import align, as_matrix
 from modelcache.pool.wire import OUTPUTS, PAYLOAD_LIMIT
 from modelcache.records import Timings
@@ -109,8 +109,10 @@ async def ask(entry: Entry[Resident], call: Call) -> Matrix:
     timer = _set_timer(entry, number, answer, call.deadline) if call.deadline else None
     try:
         values, seconds = await answer
-    except BaseException:
+    except BaseException as error:
         requests.cancel(number)
+        if isinstance(error, ModelCacheError):
+            error.model = entry.key
         raise
     finally:
         if timer is not None:
@@ -138,6 +140,9 @@ async def _ask_in_slices(entry: Entry[Resident], matrix: Matrix, call: Call) -> 
             _end(requests, *waiting.popleft())
             place.row_seconds[call.output] = seconds / len(values)
             parts.append(values)
+    except ModelCacheError as error:
+        error.model = entry.key
+        raise
     finally:
         for slice_ in waiting:
             _end(requests, *slice_)

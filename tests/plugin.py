@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING, Self
+import json
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -59,3 +60,36 @@ class Heavy(Scaled):
     def __init__(self, factors: Matrix) -> None:
         super().__init__(factors)
         self._ballast = [bytearray(1 << 20) for _ in range(HEAVY_BYTES >> 20)]
+
+
+class Scripted:
+    """Does, says and answers what the expressions in its artifact evaluate to."""
+
+    feature_names: tuple[str, ...] | None = None
+
+    def __init__(self, script: dict[str, str]) -> None:
+        self._script = script
+        self.n_features = eval(script.get("n_features", "2"))
+        self.n_outputs = 1
+        self.n_trees = eval(script.get("n_trees", "None"))
+
+    @classmethod
+    def load(cls, data: memoryview, *, threads: int) -> Self:
+        """Read the script."""
+        script = json.loads(bytes(data))
+        eval(script.get("load", "None"))
+        return cls(script)
+
+    def predict(self, rows: Matrix, output: str) -> Any:
+        """Answer."""
+        return eval(self._script["predict"], {"rows": rows, "np": np, "fail": fail})
+
+
+def scripted(**script: str) -> bytes:
+    """Return an artifact for :class:`Scripted`."""
+    return json.dumps(script).encode()
+
+
+def fail(error: Exception) -> None:
+    """Raise it, in an expression."""
+    raise error

@@ -9,7 +9,7 @@ import pytest
 
 import plugin
 import zoo
-from modelcache import CorruptArtifactError, InvalidInputError, MemoryStore
+from modelcache import CorruptArtifactError, InvalidInputError, MemoryStore, ModelCacheError
 from modelcache.testing import check_predictor
 
 if TYPE_CHECKING:
@@ -49,3 +49,77 @@ async def test_an_archive_of_two_files_is_refused(make_registry: MakeRegistry) -
     registry = await make_registry(MemoryStore({"m.tar.gz": data}), predictor="plugin:Scaled")
     with pytest.raises(Exception, match=r"one\.npz.*two\.npz"):
         await registry.predict("m", ROWS)
+
+
+SCRIPTED = "plugin:Scripted"
+FLOATS = r"has to return float32 of shape \(2,\) or \(2, k\)"
+FAULTS = {
+    "None": f"returned NoneType for 2 rows: it {FLOATS}",
+    "[1.0, 2.0]": f"returned list for 2 rows: it {FLOATS}",
+    "np.zeros(1)": rf"returned shape \(1,\) for 2 rows: it {FLOATS}",
+    "np.zeros(())": rf"returned shape \(\) for 2 rows: it {FLOATS}",
+    "np.zeros((2, 1, 1, 1))": r"returned shape \(2, 1, 1, 1\) for 2 rows",
+    "np.array(['1', '2'])": "returned an array of <U1 for 2 rows",
+    "np.array([1j, 2j])": "returned an array of complex128 for 2 rows",
+    "{}['x']": r"the predictor raised KeyError: 'x' \(rows that it cannot take are refused by ValueError\)",
+    "fail(RuntimeError())": r"the predictor raised RuntimeError \(",
+}
+
+
+@pytest.mark.parametrize("answer", FAULTS)
+async def test_a_wrong_answer_is_the_predictors_fault(make_registry: MakeRegistry, answer: str) -> None:
+    """Whoever sent rows is not told that they are bad when the predictor breaks its contract."""
+    registry = await make_registry(MemoryStore({"m.ubj": plugin.scripted(predict=answer)}), predictor=SCRIPTED)
+    with pytest.raises(ModelCacheError, match=f"There are no predictions for these rows: .*{FAULTS[answer]}") as caught:
+        await registry.predict("m", ROWS)
+    assert (type(caught.value), caught.value.http_status, caught.value.model) == (ModelCacheError, 500, "m")
+
+
+async def test_a_value_error_refuses_the_rows(make_registry: MakeRegistry) -> None:
+    """The message of a ValueError is passed on; without one its type is named. Large calls are no different."""
+    store = MemoryStore({
+        "said.ubj": plugin.scripted(predict="fail(ValueError('negative'))"),
+        "silent.ubj": plugin.scripted(predict="fail(UnicodeError())"),
+    })  # fmt: skip
+    registry = await make_registry(store, predictor=SCRIPTED)
+    for rows in (ROWS, np.zeros((5_000, 2))):
+        with pytest.raises(InvalidInputError, match=r"refused these rows: negative$") as caught:
+            await registry.predict("said", rows)
+        assert caught.value.model == "said"
+    with pytest.raises(InvalidInputError, match="refused these rows: the predictor raised UnicodeError without a mess"):
+        await registry.predict("silent", ROWS)
+
+
+@pytest.mark.parametrize("answer", ["np.array([3, 4])", "np.array([3.0, 4.0])", "np.array([3, 4], 'f2')"])
+async def test_other_numbers_are_made_float32(make_registry: MakeRegistry, answer: str) -> None:
+    """An array of other numbers is no reason to fail a call."""
+    registry = await make_registry(MemoryStore({"m.ubj": plugin.scripted(predict=answer)}), predictor=SCRIPTED)
+    answered = await registry.predict("m", ROWS)
+    assert answered.dtype == np.float32
+    assert answered.tolist() == [3, 4]
+
+
+async def test_a_predictor_that_describes_its_model_wrongly_is_at_fault(make_registry: MakeRegistry) -> None:
+    """The artifact may be as good as any; the worker lives on."""
+    store = MemoryStore({"m.ubj": plugin.scripted(n_features="'six'"), "n.ubj": plugin.scripted(n_trees="[1]")})
+    registry = await make_registry(store, predictor=SCRIPTED)
+    for name, said in (("m", "ValueError: invalid literal"), ("n", "TypeError: int")):
+        with pytest.raises(ModelCacheError, match=rf"does not describe its model .*{said}.*check_predictor") as caught:
+            await registry.load(name)
+        assert (type(caught.value), caught.value.model) == (ModelCacheError, name)
+    assert registry.stats().worker_restarts == 0
+
+
+async def test_what_a_predictor_says_of_its_model_need_not_be_plain(make_registry: MakeRegistry) -> None:
+    """NumPy's numbers are numbers."""
+    data = plugin.scripted(predict="rows[:, 0]", n_trees="np.int64(7)", n_features="np.uint8(2)")
+    registry = await make_registry(MemoryStore({"m.ubj": data}), predictor=SCRIPTED)
+    info = await registry.load("m")
+    assert (info.n_trees, info.n_features) == (7, 2)
+
+
+async def test_a_load_that_fails_without_a_word_names_the_exception(make_registry: MakeRegistry) -> None:
+    """An error always says something."""
+    registry = await make_registry(MemoryStore({"m.ubj": plugin.scripted(load="fail(EOFError())")}), predictor=SCRIPTED)
+    with pytest.raises(CorruptArtifactError, match="the predictor raised EOFError without a message"):
+        await registry.load("m")

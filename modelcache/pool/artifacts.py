@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from modelcache.errors import (
     CorruptArtifactError,
-    ModelLoadError,
+    ModelCacheError,
     UnsafeArtifactError,
     UnsupportedArtifactError,
 )
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
     from modelcache.pool.lost import Epitaph
 
-_REFUSALS: dict[str, type[ModelLoadError]] = {
+_REFUSALS: dict[str, type[ModelCacheError]] = {
     "corrupt": CorruptArtifactError,
     "unsupported": UnsupportedArtifactError,
     "unsafe": UnsafeArtifactError,
+    "fault": ModelCacheError,  # of the predictor: the artifact may be as good as any
 }
 
 

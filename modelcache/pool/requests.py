@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from modelcache.errors import InvalidInputError
+from modelcache.errors import InvalidInputError, ModelCacheError
 from modelcache.pool import wire
 from modelcache.pool.channel import Channel
 from modelcache.pool.lost import WorkerLostError
@@ -126,6 +126,9 @@ class RequestChannel(Channel):
 def _resolve_rarely(future: asyncio.Future[Any], kind: int, payload: bytes) -> None:
     if kind == wire.PONG:
         future.set_result(None)
+        return
+    message = payload.decode(errors="replace")
+    if kind == wire.FAULT:
+        future.set_exception(ModelCacheError(f"There are no predictions for these rows: {message}"))
     else:
-        message = payload.decode(errors="replace")
         future.set_exception(InvalidInputError(f"The model refused these rows: {message}"))

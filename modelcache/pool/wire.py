@@ -9,7 +9,8 @@ Every header starts with the payload's length, then the kind of the frame:
     CANCEL   call                                            skip this call if it has not run
     PING     call                                            answered by PONG: the main thread is alive
     RESULT   call, seconds, shape                            payload: float32, row-major
-    ERROR    call                                            payload: message, UTF-8
+    ERROR    call                                            the model refuses the rows; payload: message, UTF-8
+    FAULT    call                                            the predictor is at fault, not the rows; payload: message
 
 *Artifact lane* (bytes of models; served by the worker's loader thread)::
 
@@ -26,7 +27,7 @@ Every header starts with the payload's length, then the kind of the frame:
     NEED     model, bytes        unpacked, this artifact takes more than `allowed`; waits for GRANT or UNLOAD
     STARTED  model               the parser begins: if the worker dies now, this artifact did it
     LOADED   model, bytes        measured heap; payload: JSON with what the model says of itself
-    FAILED   model               payload: JSON with kind and message
+    FAILED   model               payload: JSON with kind, message and facts
     UNLOADED model               its bytes are free
     HEAP     model, bytes        answers MEASURE: bytes in use
 
@@ -39,7 +40,7 @@ from __future__ import annotations
 from struct import Struct
 
 # kinds, request lane
-PREDICT, CANCEL, PING, PONG, RESULT, ERROR = range(1, 7)
+PREDICT, CANCEL, PING, PONG, RESULT, ERROR, FAULT = range(1, 8)
 # kinds, artifact lane
 BEGIN, CHUNK, END, GRANT, UNLOAD, MEASURE = range(16, 22)
 HELLO, NEED, STARTED, LOADED, FAILED, UNLOADED, HEAP = range(32, 39)
@@ -51,7 +52,7 @@ REQUEST = Struct("<IBBHIIIId")
 """PREDICT, CANCEL, PING: payload length, kind, output, 0, call, model, rows, columns, deadline."""
 
 REPLY = Struct("<IBBHIIIIf")
-"""RESULT, ERROR, PONG: payload length, kind, dimensions, 0, call, shape (three numbers), seconds of prediction."""
+"""RESULT, ERROR, FAULT, PONG: payload length, kind, dimensions, 0, call, shape (3 numbers), seconds of prediction."""
 
 ARTIFACT = Struct("<IBBHIQ")
 """Artifact lane, both directions: payload length, kind, 0, 0, model, bytes."""

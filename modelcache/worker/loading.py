@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from modelcache.pool import wire
 from modelcache.worker.artifact import ArtifactError, ArtifactReader
 from modelcache.worker.models import LoadedModel
-from modelcache.worker.predictors import XGBoostPredictor
+from modelcache.worker.predictors import PredictorFaultError, XGBoostPredictor, described, no_message
 
 if TYPE_CHECKING:
     import socket
@@ -139,7 +139,7 @@ class ArtifactLane:
             try:
                 self._advance(kind, model, number, payload)
             except ArtifactError as error:
-                self._fail(model, error.kind, error)
+                self._fail(model, error.kind, str(error), error.facts)
 
     def _advance(self, kind: int, model: int, number: int, payload: bytes) -> None:
         arriving = self._arriving[model]
@@ -160,8 +160,11 @@ class ArtifactLane:
         try:
             predictor = self._predictor.load(memoryview(unpacked.data), threads=self._threads)
             facts = _facts(predictor, unpacked)
+        except PredictorFaultError as error:
+            self._fail(model, "fault", str(error))
+            return
         except Exception as error:  # noqa: BLE001 - whatever a predictor raises says what is wrong with the bytes
-            self._fail(model, "corrupt", error)
+            self._fail(model, "corrupt", str(error) or no_message(error))
             return
         seconds = perf_counter() - started
         measured = self._heap.in_use() - before
@@ -183,9 +186,9 @@ class ArtifactLane:
             self._give_back(loaded.size)
         self._send(wire.UNLOADED, model)
 
-    def _fail(self, model: int, kind: str, error: Exception) -> None:
+    def _fail(self, model: int, kind: str, message: str, facts: dict[str, Any] | None = None) -> None:
         del self._arriving[model]
-        self._send(wire.FAILED, model, 0, {"kind": kind, "message": str(error), "facts": getattr(error, "facts", {})})
+        self._send(wire.FAILED, model, 0, {"kind": kind, "message": message, "facts": facts or {}})
 
     def _give_back(self, freed: int) -> None:
         self._freed += freed
@@ -233,16 +236,30 @@ def _plausible(measured: int, unpacked: int) -> int:
 
 
 def _facts(predictor: Predictor, unpacked: Unpacked) -> dict[str, Any]:
+    found = {"unpacked_bytes": len(unpacked.data), "format": unpacked.format, "container": unpacked.container}
+    try:
+        return found | _description(predictor)
+    except Exception as error:
+        raise PredictorFaultError(
+            f"the predictor does not describe its model as it has to ({described(error)}): "
+            "run modelcache.testing.check_predictor on it"
+        ) from error
+
+
+def _description(predictor: Predictor) -> dict[str, Any]:
     names = predictor.feature_names
     return {
-        "unpacked_bytes": len(unpacked.data),
-        "format": unpacked.format,
-        "container": unpacked.container,
         "n_features": int(predictor.n_features),
         "feature_names": None if names is None else list(map(str, names)),
         "n_outputs": int(predictor.n_outputs),
-        "objective": getattr(predictor, "objective", None),
-        "booster": getattr(predictor, "booster", None),
-        "n_trees": getattr(predictor, "n_trees", None),
-        "best_iteration": getattr(predictor, "best_iteration", None),
+        "objective": _optional(predictor, "objective", str),
+        "booster": _optional(predictor, "booster", str),
+        "n_trees": _optional(predictor, "n_trees", int),
+        "best_iteration": _optional(predictor, "best_iteration", int),
     }
+
+
+def _optional(predictor: Predictor, name: str, kind: Callable[[Any], T]) -> T | None:
+    """Return what the predictor says of itself as plain text or number: only these travel in a frame."""
+    value = getattr(predictor, name, None)
+    return None if value is None else kind(value)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from threading import Lock
 from typing import TYPE_CHECKING
 
+from modelcache.worker.predictors import PredictorFaultError
+
 if TYPE_CHECKING:
     from modelcache.worker.predictors import Matrix, Predictor
 
@@ -21,10 +23,10 @@ class LoadedModel:
         self._lock = Lock()
 
     def predict(self, rows: Matrix, output: str) -> Matrix:
-        """Return the predictor's answer; LookupError once the model has been freed."""
+        """Return the predictor's answer; PredictorFaultError once the model has been freed."""
         with self._lock:
             if self._predictor is None:
-                raise LookupError("the model has been unloaded")
+                raise PredictorFaultError("the model has been unloaded")
             return self._predictor.predict(rows, output)
 
     def free(self) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from modelcache.pool import wire
-from modelcache.worker.predictors import StagedRows, interface_of
+from modelcache.worker.predictors import PredictorFaultError, StagedRows, described, interface_of, no_message
 
 if TYPE_CHECKING:
     from modelcache.worker.models import LoadedModel, Models
@@ -28,6 +28,9 @@ _BATCH_SECONDS = 0.05
 
 _MOST_DIMENSIONS = 3
 """A frame has room for the shape of (rows, outputs, contributions)."""
+
+_NUMBERS = "fiub"
+"""Kinds of arrays that are taken: what is not float32 already is made so."""
 
 _SHAPES_KEPT = 4096
 
@@ -112,7 +115,7 @@ class RequestLane:
             started = perf_counter()
             values = loaded.predict(rows, wire.OUTPUTS[key.output])
             seconds = perf_counter() - started
-            _check_shape(values, len(rows))
+            _check_result(values, len(rows))
             loaded.row_seconds[key.output] = seconds / len(rows)
             self._answer(batch, values, seconds)
         except Exception as error:  # noqa: BLE001 - whatever a predictor raises is the answer of these calls
@@ -121,7 +124,7 @@ class RequestLane:
     def _loaded(self, model: int) -> LoadedModel:
         loaded = self._models.get(model)
         if loaded is None:
-            raise LookupError("the model is not loaded in this worker")
+            raise PredictorFaultError("the model is not loaded in this worker")
         return loaded
 
     def _answer(self, batch: list[_Call], values: Matrix, seconds: float) -> None:
@@ -141,8 +144,9 @@ class RequestLane:
             for call in batch:
                 self._predict(key, [call])
             return
-        message = str(error).encode(errors="replace")
-        header = wire.REPLY.pack(len(message), wire.ERROR, 0, 0, batch[0].number, 0, 0, 0, 0.0)
+        kind, reason = _blame(error)
+        message = reason.encode(errors="replace")
+        header = wire.REPLY.pack(len(message), kind, 0, 0, batch[0].number, 0, 0, 0, 0.0)
         self._answers += (header, message)
 
     def _flush(self) -> None:
@@ -152,10 +156,26 @@ class RequestLane:
         self._flushed = monotonic()
 
 
-def _check_shape(values: Matrix, rows: int) -> None:
+def _blame(error: Exception) -> tuple[int, str]:
+    """Say whether the rows are refused or the predictor is at fault, and why."""
+    if isinstance(error, ValueError):
+        return wire.ERROR, str(error) or no_message(error)
+    if isinstance(error, PredictorFaultError):
+        return wire.FAULT, str(error)
+    return wire.FAULT, f"the predictor raised {described(error)} (rows that it cannot take are refused by ValueError)"
+
+
+def _check_result(values: object, rows: int) -> None:
     """Refuse what cannot be dealt out to the calls of a batch."""
-    if len(values) != rows or values.ndim > _MOST_DIMENSIONS:
-        raise ValueError(f"the predictor answered {rows} rows with an array of shape {values.shape}")
+    if isinstance(values, np.ndarray) and values.dtype.kind in _NUMBERS:
+        if 1 <= values.ndim <= _MOST_DIMENSIONS and len(values) == rows:
+            return
+        found = f"shape {values.shape}"
+    else:
+        found = f"an array of {values.dtype}" if isinstance(values, np.ndarray) else type(values).__name__
+    raise PredictorFaultError(
+        f"the predictor returned {found} for {rows} rows: it has to return float32 of shape ({rows},) or ({rows}, k)"
+    )
 
 
 def _split(calls: list[_Call], most_rows: int) -> tuple[list[_Call], list[_Call]]:

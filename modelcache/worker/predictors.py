@@ -37,9 +37,24 @@ class Predictor(Protocol):
         """Return float32 of shape (n,) or (n, k) for ``rows`` of shape (n, n_features), NaN meaning missing.
 
         ``output`` is one of "value", "margin", "leaf", "contribs"; raise ValueError for one that this model
-        cannot give. ``rows`` is valid only until this returns.
+        cannot give, and for rows that it cannot take. Any other exception counts as a fault of the predictor, not of
+        the rows. ``rows`` is valid only until this returns.
         """
         ...
+
+
+class PredictorFaultError(Exception):
+    """A predictor breaks its contract: neither the rows nor the artifact are to blame."""
+
+
+def described(error: Exception) -> str:
+    """Return the type of an exception and its message, or the type alone if there is no message."""
+    return f"{type(error).__name__}: {error}".removesuffix(": ")
+
+
+def no_message(error: Exception) -> str:
+    """Return what to say of an exception that says nothing itself."""
+    return f"the predictor raised {type(error).__name__} without a message"
 
 
 class StagedRows(np.ndarray[tuple[int, int], np.dtype[np.float32]]):

@@ -234,8 +234,8 @@ def test_a_predictor_that_loses_rows_is_refused(scene: Scene) -> None:
     """Answers are dealt out by position: with one missing, each caller would get its neighbour's."""
     scene.release(ask(1, 2, [[odd.MISCOUNT, 1], [0, 2]]), ask(2, 2, [0, 3]))
     replies = scene.worker.replies(2)
-    assert replies[1].kind == wire.ERROR
-    assert "answered 2 rows with an array of shape (1,)" in replies[1].message
+    assert replies[1].kind == wire.FAULT
+    assert "the predictor returned shape (1,) for 2 rows" in replies[1].message
     assert replies[2].values.tolist() == [6]
 
 
@@ -243,7 +243,7 @@ def test_a_call_for_an_unknown_model_is_refused(xgboost_worker: LoneWorker) -> N
     """The worker says so and goes on."""
     xgboost_worker.send(ask(1, 999, zoo.rows(1)))
     reply = xgboost_worker.reply()
-    assert (reply.kind, reply.message) == (wire.ERROR, "the model is not loaded in this worker")
+    assert (reply.kind, reply.message) == (wire.FAULT, "the model is not loaded in this worker")
 
 
 def test_an_unloaded_model_is_unknown(xgboost_worker: LoneWorker) -> None:
@@ -252,7 +252,7 @@ def test_an_unloaded_model_is_unknown(xgboost_worker: LoneWorker) -> None:
     xgboost_worker.command(wire.UNLOAD, 14)
     assert xgboost_worker.report()[:2] == (wire.UNLOADED, 14)
     xgboost_worker.send(ask(1, 14, zoo.rows(1)))
-    assert xgboost_worker.reply().kind == wire.ERROR
+    assert xgboost_worker.reply().kind == wire.FAULT
 
 
 def test_unloading_what_was_never_there_is_acknowledged(xgboost_worker: LoneWorker) -> None:
@@ -423,7 +423,7 @@ def test_a_model_in_use_is_freed_after_the_prediction(scene: Scene) -> None:
     scene.release()
     assert worker.report()[:2] == (wire.UNLOADED, 1)
     worker.send(ask(5, 1, [0, 1]))
-    assert worker.reply()[:2] == (wire.ERROR, 5)
+    assert worker.reply()[:2] == (wire.FAULT, 5)
 
 
 # A worker's life
