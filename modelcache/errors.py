@@ -56,7 +56,7 @@ __all__ = [
 
 
 class ModelCacheError(Exception):
-    """Base of all errors raised by modelcache.
+    """Base of all errors raised by modelcache; raised itself for a predictor that is at fault.
 
     ``model`` is the name the caller used, where one is known; ``retry_after`` (seconds) is set where trying
     again later can help.

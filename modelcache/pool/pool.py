@@ -24,6 +24,9 @@ logger = logging.getLogger("modelcache")
 
 XGBOOST = "modelcache.worker.predictors:XGBoostPredictor"
 
+_UNABLE: dict[str, type[ModelCacheError]] = {"missing": MissingDependencyError, "fault": ModelCacheError}
+"""What is raised when a worker says that it cannot serve."""
+
 _LONGEST_BACKOFF = 5.0
 _START_TIMEOUT = 60.0
 _LEAVE_TIMEOUT = 5.0
@@ -76,8 +79,8 @@ class Worker:
         if not self.hello.done():
             raise WorkerCrashedError(f"A worker could not be started: {await self.bury()}.", pid=self.pid)
         hello = self.hello.result()
-        if "error" in hello:
-            raise MissingDependencyError(hello["error"])
+        if "kind" in hello:
+            raise _UNABLE[hello["kind"]](hello["message"])
         self.exact_heap = hello["exact_heap"]
 
     @property

@@ -23,7 +23,8 @@ Every header starts with the payload's length, then the kind of the frame:
     UNLOAD   model               free the model, or forget the artifact
     MEASURE                      report the heap
 
-    HELLO    pid                 the worker is up; payload: JSON
+    HELLO    pid                 the worker is up; payload: JSON with exact_heap, or with kind ("missing", "fault") and
+                                 message of why it cannot serve
     NEED     model, bytes        unpacked, this artifact takes more than `allowed`; waits for GRANT or UNLOAD
     STARTED  model               the parser begins: if the worker dies now, this artifact did it
     LOADED   model, bytes        measured heap; payload: JSON with what the model says of itself

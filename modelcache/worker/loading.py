@@ -111,8 +111,9 @@ class ArtifactLane:
         try:
             self._predictor = find_predictor()
             self._warm_up()
-        except Exception as error:  # noqa: BLE001 - the parent tells the user, whatever it is
-            self._send(wire.HELLO, 0, os.getpid(), {"error": f"{error}"})
+        except (ImportError, PredictorFaultError) as error:
+            kind = "missing" if isinstance(error, ImportError) else "fault"
+            self._send(wire.HELLO, 0, os.getpid(), {"kind": kind, "message": str(error)})
             return
         self._send(wire.HELLO, 0, os.getpid(), {"exact_heap": self._heap.exact})
         with self._sock.makefile("rb", buffering=256 << 10) as stream:
@@ -122,11 +123,20 @@ class ArtifactLane:
 
     def _warm_up(self) -> None:
         """Pay the library's one-time costs now: the first model would be charged for them, in time and bytes."""
-        sample = getattr(self._predictor, "sample", None)
-        if sample is not None:
+        predictor = self._predictor
+        sample = getattr(predictor, "sample", None)
+        if sample is None:
+            return
+        try:
             data: bytes = _run_in_thread_of_its_own(sample)
-            loaded = LoadedModel(self._predictor.load(memoryview(data), threads=self._threads))
+            loaded = LoadedModel(predictor.load(memoryview(data), threads=self._threads))
             _run_in_thread_of_its_own(loaded.free)
+        except ImportError:  # of a package that is imported when it is needed
+            raise
+        except Exception as error:
+            raise PredictorFaultError(
+                f"The predictor {predictor} cannot load its sample ({described(error)})."
+            ) from error
 
     def _take(self, kind: int, model: int, number: int, payload: bytes) -> None:
         if kind == wire.BEGIN:

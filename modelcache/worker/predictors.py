@@ -69,15 +69,30 @@ def interface_of(rows: Matrix) -> bytes:
 
 
 def resolve(path: str) -> type[Predictor]:
-    """Return the class that ``package.module:Class`` names."""
-    module, _, name = path.partition(":")
+    """Return the class that ``package.module:Class`` names.
+
+    Raises ImportError if it, or what its module imports, is not installed, and PredictorFaultError if that is not it.
+    """
     try:
-        found: type[Predictor] = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+        return _import(path)
+    except ImportError as error:
         raise ImportError(
             f"The predictor {path!r} cannot be imported in a worker ({error}): name it as 'package.module:Class', "
             "in a module that the parent could import too."
         ) from error
+    except Exception as error:
+        raise PredictorFaultError(
+            f"The predictor {path!r} cannot be used ({described(error)}): name it as 'package.module:Class', in a "
+            "module that can be imported without an error."
+        ) from error
+
+
+def _import(path: str) -> type[Predictor]:
+    module, _, name = path.partition(":")
+    found: type[Predictor] = getattr(importlib.import_module(module), name)
+    for method in ("load", "predict"):
+        if not callable(getattr(found, method, None)):
+            raise TypeError(f"it has no method {method}")
     return found
 
 
@@ -230,7 +245,7 @@ def _reason(message: str) -> str:
     return first.split(": ", 1)[-1] if first.startswith("[") else first
 
 
-class XGBoostMissingError(Exception):
+class XGBoostMissingError(ImportError):
     """Neither ``xgboost-cpu`` nor ``xgboost`` is installed."""
 
     def __init__(self) -> None:

@@ -25,6 +25,7 @@ from modelcache import (
     Event,
     MemoryStore,
     MissingDependencyError,
+    ModelCacheError,
     ModelRegistry,
     NotModified,
     OverloadedError,
@@ -644,6 +645,33 @@ async def test_a_predictor_that_cannot_be_imported_fails_the_start(no_processes_
     await settle()
     oracle.check_gone(registry)
     assert oracle.open_descriptors() <= descriptors
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("1 / 0", r"'mine:Predictor' cannot be used \(ZeroDivisionError: division by zero\): name it as"),
+        ("", r"'mine:Predictor' cannot be used \(AttributeError: module 'mine' has no attribute 'Predictor'\)"),
+        ("Predictor = 7", r"'mine:Predictor' cannot be used \(TypeError: it has no method load\)"),
+        (
+            "import odd\nclass Predictor(odd.Odd):\n  sample = int",
+            r"mine\.Predictor'> cannot load its sample \(TypeError",
+        ),
+    ],
+    ids=["raises", "has none", "is none", "sample"],
+)
+async def test_a_predictor_that_is_broken_fails_the_start(
+    no_processes_left: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, message: str
+) -> None:
+    """Nothing has to be installed, so it is no MissingDependencyError; the predictor and the cause are named."""
+    (tmp_path / "mine.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    registry = ModelRegistry(MemoryStore(), workers=1, memory_budget="64 MiB", predictor="mine:Predictor")
+    with pytest.raises(ModelCacheError, match=message) as caught:
+        await registry.start()
+    assert type(caught.value) is ModelCacheError
+    await registry.close()
+    oracle.check_gone(registry)
 
 
 async def test_a_start_without_xgboost_names_the_extra_and_can_be_tried_again(

@@ -17,7 +17,13 @@ import odd
 import zoo
 from modelcache.pool import wire
 from modelcache.testing import check_predictor
-from modelcache.worker.predictors import XGBoostMissingError, XGBoostPredictor, interface_of, resolve
+from modelcache.worker.predictors import (
+    PredictorFaultError,
+    XGBoostMissingError,
+    XGBoostPredictor,
+    interface_of,
+    resolve,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -355,12 +361,26 @@ def test_without_xgboost_the_error_names_the_extra(monkeypatch: pytest.MonkeyPat
         XGBoostPredictor.sample()
 
 
-@pytest.mark.parametrize("path", ["no.such:Thing", "odd:Nothing", "odd", ":Odd", "", "odd.Odd"])
-def test_a_predictor_that_cannot_be_found_is_named(path: str) -> None:
-    """With the form that a name has to have."""
-    with pytest.raises(ImportError, match=r"package\.module:Class") as caught:
+@pytest.mark.parametrize(
+    ("path", "kind", "cause"),
+    [
+        ("no.such:Thing", ImportError, "No module named 'no'"),
+        ("odd.Odd", ImportError, "No module named 'odd.Odd'"),
+        ("odd:Nothing", PredictorFaultError, "AttributeError: module 'odd' has no attribute 'Nothing'"),
+        ("odd", PredictorFaultError, "AttributeError: module 'odd' has no attribute ''"),
+        (":Odd", PredictorFaultError, "ValueError: Empty module name"),
+        ("", PredictorFaultError, "ValueError: Empty module name"),
+        ("odd:ODD", PredictorFaultError, "TypeError: it has no method load"),
+        ("json:JSONDecoder", PredictorFaultError, "TypeError: it has no method load"),
+        ("pickle:Unpickler", PredictorFaultError, "TypeError: it has no method predict"),
+    ],
+)
+def test_a_predictor_that_cannot_be_found_is_named(path: str, kind: type[Exception], cause: str) -> None:
+    """With the form that a name has to have; only what is not installed is an ImportError."""
+    with pytest.raises(kind, match=r"package\.module:Class") as caught:
         resolve(path)
     assert repr(path) in str(caught.value)
+    assert cause in str(caught.value)
 
 
 def test_a_predictor_is_found_by_its_path() -> None:

@@ -470,7 +470,8 @@ def test_a_predictor_that_cannot_be_imported_is_reported_before_the_worker_leave
     """HELLO carries the reason, and the process ends by itself."""
     worker = LoneWorker("no.such:Thing")
     assert worker.hello.kind == wire.HELLO
-    assert "'no.such:Thing' cannot be imported in a worker (No module named 'no')" in worker.hello.facts["error"]
+    assert worker.hello.facts["kind"] == "missing"
+    assert "'no.such:Thing' cannot be imported in a worker (No module named 'no')" in worker.hello.facts["message"]
     assert worker.process.wait(PATIENCE) == 0
     worker.close()
 
