@@ -28,6 +28,11 @@ def check_name(name: str) -> str:
     return name
 
 
+def is_name(name: str) -> bool:
+    """Say whether :func:`check_name` lets ``name`` pass."""
+    return not _problem(name)
+
+
 def split_suffix(name: str) -> tuple[str, str]:
     """Return the name without its suffix, and the suffix or ""."""
     for suffix in SUFFIXES:

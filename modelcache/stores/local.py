@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import aiofiles
 import anyio.to_thread
-from cachetools import LRUCache
 
 from modelcache.errors import (
     ModelNotFoundError,
@@ -18,7 +17,7 @@ from modelcache.errors import (
     StoreError,
     StoreUnavailableError,
 )
-from modelcache.names import SUFFIXES, split_suffix
+from modelcache.names import SUFFIXES, is_name, split_suffix
 from modelcache.stores.base import Artifact, NotModified
 
 if TYPE_CHECKING:
@@ -27,12 +26,15 @@ if TYPE_CHECKING:
     from aiofiles.threadpool.binary import AsyncBufferedReader
 
 _CHUNK = 256 << 10
-_SUFFIXES_REMEMBERED = 100_000
 _NO_SUCH_FILE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP})
 
 
 class LocalStore:
     """Serves the files below ``root``; a new file is served as soon as it is there.
+
+    A name without a suffix is looked for with each, ``.tar.gz`` before ``.ubj`` before ``.json``, in each fetch: which
+    file answers depends on the folder alone, not on what was asked for before, so that all processes that serve it
+    agree. Put an archive beside a ``.ubj``, and the next fetch finds the archive.
 
     The version is the inode, the size and the modification time in nanoseconds. A file that is replaced while it is
     read fails that read (replace by rename, so that readers see the old file or the new one). Links are followed
@@ -41,20 +43,21 @@ class LocalStore:
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root).expanduser()
-        self._suffixes: LRUCache[str, str] = LRUCache(_SUFFIXES_REMEMBERED)
 
     async def fetch(self, name: str, *, if_version: str | None = None) -> Artifact | NotModified:
         """Return the artifact."""
-        path, found = await anyio.to_thread.run_sync(self._find, name)
-        suffix = "".join(s for s in SUFFIXES if path.name.endswith(s))
+        path, found, suffix = await anyio.to_thread.run_sync(self._find, name)
         version = _version(found)
         if version == if_version:
             return NotModified(version)
         return Artifact(version=version, size=found.st_size, suffix=suffix, chunks=_chunks(path, found, name))
 
     async def names(self, prefix: str = "") -> AsyncIterator[str]:
-        """Yield the names of all artifacts below ``root``, without suffixes, sorted, each name once."""
-        for name in await anyio.to_thread.run_sync(lambda: sorted(set(self._list()))):
+        """Yield the names that ``fetch`` serves, without suffixes, sorted, each name once.
+
+        Folders that are links are not looked into: they may lead in circles.
+        """
+        for name in await anyio.to_thread.run_sync(lambda: sorted(self._list())):
             if name.startswith(prefix):
                 yield name
 
@@ -64,32 +67,23 @@ class LocalStore:
     def __repr__(self) -> str:
         return str(self.root)
 
-    def _find(self, name: str) -> tuple[Path, os.stat_result]:
-        for suffix in self._candidates(name):
+    def _find(self, name: str) -> tuple[Path, os.stat_result, str]:
+        for stem, suffix in _candidates(name):
             try:
-                path, found = self._look(name + suffix)
+                return *self._look(stem + suffix), suffix
             except OSError as error:
-                if error.errno in _NO_SUCH_FILE:
-                    continue
-                raise _store_error(error, name) from error
-            self._suffixes[name] = suffix
-            return path, found
+                if error.errno not in _NO_SUCH_FILE:
+                    raise _store_error(error, name) from error
         raise self._not_found(name)
 
-    def _candidates(self, name: str) -> list[str]:
-        if split_suffix(name)[1]:
-            return [""]
-        remembered = self._suffixes.get(name)
-        return sorted(SUFFIXES, key=lambda suffix: suffix != remembered)
-
     def _look(self, name: str) -> tuple[Path, os.stat_result]:
+        found = (self.root / name).stat()  # first, since it is all that a suffix which is not there costs
         root = Path(os.path.realpath(self.root))
         path = Path(os.path.realpath(root / name))
         if not path.is_relative_to(root):
             raise StoreAccessDeniedError(
                 f"{name} is a link that leads out of {self.root}: copy the file into the folder.", model=name
             )
-        found = path.stat()
         if not stat.S_ISREG(found.st_mode):
             raise StoreError(f"{path} is not a regular file; a model is one file.", model=name)
         return path, found
@@ -97,17 +91,49 @@ class LocalStore:
     def _not_found(self, name: str) -> ModelNotFoundError:
         if not self.root.is_dir():
             return ModelNotFoundError(f"The folder {self.root} does not exist.", model=name)
-        tried = ", ".join(name + suffix for suffix in self._candidates(name))
+        tried = ", ".join(stem + suffix for stem, suffix in _candidates(name))
         return ModelNotFoundError(f"There is no model {name!r} in {self.root} (looked for {tried}).", model=name)
 
     def _list(self) -> Iterator[str]:
         if not self.root.is_dir():
             raise StoreError(f"The folder {self.root} does not exist.")
-        for folder, _, files in os.walk(self.root, onerror=_raise_store_error):
-            for file in files:
-                stem, suffix = split_suffix(file)
-                if suffix:
-                    yield Path(folder, stem).relative_to(self.root).as_posix()
+        folders = [""]
+        while folders:
+            folder = folders.pop()
+            try:
+                with os.scandir(self.root / folder) as entries:
+                    yield from self._list_files(folder, list(entries), folders)
+            except OSError as error:
+                raise _store_error(error, str(error.filename)) from error
+
+    def _list_files(self, folder: str, entries: list[os.DirEntry[str]], folders: list[str]) -> Iterator[str]:
+        """Yield the artifacts of one folder, and add those below it to ``folders``."""
+        regular: set[str] = set()
+        other: set[str] = set()
+        for entry in entries:
+            name = folder + entry.name
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(name + "/")
+            stem, suffix = split_suffix(name)
+            if suffix:
+                # A stem that has a suffix itself would be taken for the name of another file.
+                found = name if split_suffix(stem)[1] else stem
+                (regular if entry.is_file(follow_symlinks=False) else other).add(found)
+        # A link, a pipe or a folder may hide the file of the next suffix: what is not all regular is looked at.
+        yield from (name for name in regular - other if is_name(name))
+        yield from (name for name in other if is_name(name) and self._serves(name))
+
+    def _serves(self, name: str) -> bool:
+        try:
+            self._find(name)
+        except (ModelNotFoundError, StoreError):
+            return False
+        return True
+
+
+def _candidates(name: str) -> list[tuple[str, str]]:
+    stem, suffix = split_suffix(name)
+    return [(stem, suffix)] if suffix else [(name, known) for known in SUFFIXES]
 
 
 async def _chunks(path: Path, found: os.stat_result, name: str) -> AsyncIterator[bytes]:
@@ -142,7 +168,3 @@ def _store_error(error: OSError, name: str) -> StoreError:
             f"No permission to read {error.filename}: make it readable for this user.", model=name
         )
     return StoreUnavailableError(f"Reading {name} failed: {error}.", model=name)
-
-
-def _raise_store_error(error: OSError) -> None:
-    raise _store_error(error, str(error.filename)) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from modelcache import (
     StoreUnavailableError,
     open_store,
 )
+from modelcache.names import check_name
 from modelcache.testing import check_store
 
 if TYPE_CHECKING:
@@ -59,6 +61,22 @@ async def test_a_new_file_is_served_at_once(tmp_path: Path) -> None:
     (tmp_path / "a.tar.gz").write_bytes(b"two")
     (tmp_path / "a.json").unlink()
     assert await read(await store.fetch("a")) == b"two", "although .json answered last"
+
+
+async def test_the_first_suffix_answers_whatever_was_asked_before(tmp_path: Path) -> None:
+    """An archive that appears beside a model is found by the next fetch, as by a store that has just been made."""
+    used = LocalStore(tmp_path)
+    (tmp_path / "a.json").write_bytes(b"text")
+    assert await read(await used.fetch("a")) == b"text"
+    (tmp_path / "a.ubj").write_bytes(b"binary")
+    binary = await used.fetch("a")
+    (tmp_path / "a.tar.gz").write_bytes(b"packed")
+    for store in (used, LocalStore(tmp_path)):
+        archive = await store.fetch("a", if_version=binary.version)
+        assert await read(archive) == b"packed"
+        assert isinstance(archive, Artifact)
+        assert archive.suffix == ".tar.gz"
+        assert await read(await store.fetch("a.ubj")) == b"binary"
 
 
 async def test_a_replaced_file_is_another_version(tmp_path: Path) -> None:
@@ -126,13 +144,16 @@ async def test_links_stay_inside_the_folder(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "a.ubj").write_bytes(b"inside")
     (tmp_path / "secret.ubj").write_bytes(b"outside")
-    (folder / "inside.ubj").symlink_to("a.ubj")
+    (folder / "inside.json").symlink_to("a.ubj")
     (folder / "outside.ubj").symlink_to("../secret.ubj")
     (folder / "up").symlink_to("..")
     (folder / "dangling.ubj").symlink_to("nowhere")
     (folder / "loop.ubj").symlink_to("loop.ubj")
     store = LocalStore(folder)
-    assert await read(await store.fetch("inside")) == b"inside"
+    inside = await store.fetch("inside")
+    assert await read(inside) == b"inside"
+    assert isinstance(inside, Artifact)
+    assert inside.suffix == ".json", "the one that answered, not that of the link's target"
     for name in ("outside", "up/secret"):
         with pytest.raises(StoreAccessDeniedError, match=r"is a link that leads out of .*: copy the file"):
             await store.fetch(name)
@@ -204,6 +225,46 @@ async def test_names_are_relative_and_come_once(tmp_path: Path) -> None:
     assert [name async for name in store.names("tenant_a/")] == every[2:]
     for name in every:
         await store.fetch(name)
+
+
+async def test_names_are_those_that_fetch_serves(tmp_path: Path) -> None:
+    """No name is listed that predict() or fetch() refuses: odd characters, pipes, sockets, links that lead nowhere."""
+    folder = tmp_path / "models"
+    (folder / "in\nner").mkdir(parents=True)
+    (folder / "folder.ubj").mkdir()
+    files = [
+        "good.ubj", "good.json", "twice.ubj.json", "back\\slash.ubj", "new\nline.ubj", "in\nner/fine.ubj", "...ubj",
+        "folder.ubj/below.ubj", "piped.ubj", "covered.ubj", "outside.ubj",
+    ]  # fmt: skip
+    for file in files:
+        (folder / file).write_bytes(b"1")
+    with suppress(OSError):  # macOS takes no such name
+        (folder / os.fsdecode(b"\xff.ubj")).write_bytes(b"1")
+    (tmp_path / "secret.ubj").write_bytes(b"1")
+    links = {
+        "linked.ubj": "good.ubj", "covered.tar.gz": "nowhere", "dangling.ubj": "nowhere", "loop.ubj": "loop.ubj",
+        "outside.tar.gz": "../secret.ubj", "up": "..",
+    }  # fmt: skip
+    for link, target in links.items():
+        (folder / link).symlink_to(target)
+    os.mkfifo(folder / "pipe.ubj")
+    os.mkfifo(folder / "piped.tar.gz")
+    store = LocalStore(folder)
+    every = [name async for name in store.names()]
+    assert every == ["covered", "folder.ubj/below", "good", "linked", "twice.ubj.json"]
+    for name in every:
+        assert await read(await store.fetch(check_name(name))) == b"1"
+    for name in ("piped", "outside"):  # the first suffix is there, and is refused
+        with pytest.raises(StoreError):
+            await store.fetch(name)
+
+
+async def test_listing_opens_no_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder knows what its entries are: a file that nobody may read is listed, and none is even looked at."""
+    for file in ("a.ubj", "b.json"):
+        (tmp_path / file).touch(mode=0)
+    monkeypatch.setattr(LocalStore, "_look", None)
+    assert [name async for name in LocalStore(tmp_path).names()] == ["a", "b"]
 
 
 async def test_what_a_user_may_write_for_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
