@@ -97,7 +97,7 @@ async def ask(entry: Entry[Resident], call: Call) -> Matrix:
         matrix = align(
             matrix, call.columns, model=entry.key, n_features=facts.n_features, feature_names=facts.feature_names
         )
-    if len(requests.pending) >= call.queue_limit:
+    if requests.waiting >= call.queue_limit:
         raise _overloaded(entry.key, place.worker, call.queue_limit)
     rows = len(matrix)
     row_seconds = place.row_seconds.get(call.output, _ROW_SECONDS_GUESSED)
@@ -193,7 +193,7 @@ async def _writable(entry: Entry[Resident], deadline: float) -> None:
 def _timed_out(entry: Entry[Resident]) -> PredictTimeoutError:
     requests = entry.value.worker.requests
     return PredictTimeoutError(
-        f"{entry.key} did not answer within the timeout; {len(requests.pending)} more calls wait for its worker. "
+        f"{entry.key} did not answer within the timeout; {requests.waiting} more calls wait for its worker. "
         "Give it more time, or send fewer rows at once.",
         model=entry.key,
         retry_after=requests.expected_wait(),

@@ -127,7 +127,7 @@ class WorkerStats:
     charged_bytes: int
     """Bytes of its models and of the loads on their way into it."""
     queue_depth: int
-    """Calls sent to it and not yet answered."""
+    """Calls that wait for it: sent and not yet answered, or not yet sent since it takes no more."""
     predict_latency: Summary
     """Seconds from sending rows to their answer."""
 

@@ -42,6 +42,8 @@ class RequestChannel(Channel):
         self._number = 0
         self.pending: dict[int, _Pending] = {}
         """Calls sent and not yet answered."""
+        self.held_up = 0
+        """Calls not yet sent, since the worker has not taken enough of what was sent before."""
         self.last_latency = 0.0
 
     def predict(
@@ -65,6 +67,19 @@ class RequestChannel(Channel):
         self.pending[number] = _Pending(future, monotonic(), 0)
         self.send(wire.REQUEST.pack(0, wire.PING, 0, 0, number, 0, 0, 0, 0.0))
         return future
+
+    @property
+    def waiting(self) -> int:
+        """How many calls wait for the worker, sent or not."""
+        return len(self.pending) + self.held_up
+
+    async def writable(self) -> None:
+        """Wait until the worker has taken enough of what was sent, and be counted as long as that takes."""
+        self.held_up += 1
+        try:
+            await super().writable()
+        finally:
+            self.held_up -= 1
 
     def cancel(self, number: int) -> None:
         """Forget a call; the worker skips it if it has not run."""
