@@ -44,10 +44,11 @@ class LoneWorker:
         self.requests, theirs = socket.socketpair()
         self.artifacts, theirs_too = socket.socketpair()
         descriptors = (theirs.fileno(), theirs_too.fileno())
+        imports = map(os.path.abspath, sys.path)
         self.process = subprocess.Popen(
-            [sys.executable, "-P", *options, str(MAIN), *map(str, descriptors), "1", predictor],
+            [sys.executable, "-P", *options, str(MAIN), *map(str, descriptors), "1", predictor, *imports],
             pass_fds=descriptors,
-            env={"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)), "OMP_NUM_THREADS": "1"},
+            env={"OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE,
         )
         theirs.close()

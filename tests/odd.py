@@ -36,7 +36,7 @@ def artifact(**script: Any) -> bytes:
 
     ``log``: a file to which each prediction appends a line with its values. ``gate``: a named pipe; a row that says
     WAIT waits until it has been opened for writing and closed. ``on_load``: "abort", "wait" or "refuse".
-    ``tell``: "modules", "environment" or "descriptors", given as the feature names.
+    ``tell``: "modules", "environment", "imports" or "descriptors", given as the feature names.
     """
     return json.dumps({"learner": {}, "version": [3, 0, 0], **script}).encode()
 
@@ -135,6 +135,8 @@ def _told(what: str | None) -> tuple[str, ...] | None:
         return tuple(sys.modules)
     if what == "environment":
         return tuple(os.environ)
+    if what == "imports":
+        return tuple(sys.path)
     if what == "descriptors":
         return tuple(f"{number} {target}" for number, target in _descriptors())
     return None

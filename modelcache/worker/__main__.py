@@ -1,13 +1,17 @@
 """A worker process: two threads, two lanes, no event loop.
 
-Started by its path, ``python .../modelcache/worker/__main__.py REQUESTS ARTIFACTS THREADS PREDICTOR``, with two
-socket descriptors. Ends when the parent closes the request lane or dies; ignores Ctrl-C, which is the parent's to
-decide about.
+Started by its path, ``python .../modelcache/worker/__main__.py REQUESTS ARTIFACTS THREADS PREDICTOR IMPORTS...``, with
+two socket descriptors and the folders that the parent imports from. Ends when the parent closes the request lane or
+dies; ignores Ctrl-C, which is the parent's to decide about.
 """
 
 from __future__ import annotations
 
 import sys
+
+if __name__ == "__main__":
+    sys.path[:0] = sys.argv[5:]  # as PYTHONPATH would, but that is split at each ':'
+
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
