@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import aiofiles
 import anyio.to_thread
+from cachetools import LRUCache
 
 from modelcache.errors import (
     ModelNotFoundError,
@@ -26,15 +27,15 @@ if TYPE_CHECKING:
     from aiofiles.threadpool.binary import AsyncBufferedReader
 
 _CHUNK = 256 << 10
+_SUFFIXES_REMEMBERED = 100_000
 _NO_SUCH_FILE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP})
 
 
 class LocalStore:
     """Serves the files below ``root``; a new file is served as soon as it is there.
 
-    A name without a suffix is looked for with each, ``.tar.gz`` before ``.ubj`` before ``.json``, in each fetch: which
-    file answers depends on the folder alone, not on what was asked for before, so that all processes that serve it
-    agree. Put an archive beside a ``.ubj``, and the next fetch finds the archive.
+    A name without a suffix is looked for with ``.tar.gz``, ``.ubj`` and ``.json``, in that order. The suffix that
+    answered is remembered and looked for first, as long as that file is there: keep one file for each name.
 
     The version is the inode, the size and the modification time in nanoseconds. A file that is replaced while it is
     read fails that read (replace by rename, so that readers see the old file or the new one). Links are followed
@@ -43,10 +44,13 @@ class LocalStore:
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root).expanduser()
+        self._suffixes: LRUCache[str, str] = LRUCache(_SUFFIXES_REMEMBERED)
 
     async def fetch(self, name: str, *, if_version: str | None = None) -> Artifact | NotModified:
         """Return the artifact."""
-        path, found, suffix = await anyio.to_thread.run_sync(self._find, name)
+        remembered = self._suffixes.get(name)  # looked up and noted here: in threads the cache would need a lock
+        path, found, suffix = await anyio.to_thread.run_sync(self._find, name, remembered)
+        self._suffixes[name] = suffix
         version = _version(found)
         if version == if_version:
             return NotModified(version)
@@ -67,8 +71,8 @@ class LocalStore:
     def __repr__(self) -> str:
         return str(self.root)
 
-    def _find(self, name: str) -> tuple[Path, os.stat_result, str]:
-        for stem, suffix in _candidates(name):
+    def _find(self, name: str, remembered: str | None = None) -> tuple[Path, os.stat_result, str]:
+        for stem, suffix in _candidates(name, remembered):
             try:
                 return *self._look(stem + suffix), suffix
             except OSError as error:
@@ -131,9 +135,11 @@ class LocalStore:
         return True
 
 
-def _candidates(name: str) -> list[tuple[str, str]]:
+def _candidates(name: str, remembered: str | None = None) -> list[tuple[str, str]]:
     stem, suffix = split_suffix(name)
-    return [(stem, suffix)] if suffix else [(name, known) for known in SUFFIXES]
+    if suffix:
+        return [(stem, suffix)]
+    return [(name, known) for known in sorted(SUFFIXES, key=lambda known: known != remembered)]
 
 
 async def _chunks(path: Path, found: os.stat_result, name: str) -> AsyncIterator[bytes]:
