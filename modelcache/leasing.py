@@ -87,6 +87,8 @@ class Leasing:
         stem, suffix = split_suffix(name)
         if not suffix:
             return table.get(name + SUFFIXES[0])  # the first that a store looks for
+        if split_suffix(stem)[1]:
+            return None  # "a.ubj.ubj" is another file than "a.ubj"
         entry = table.get(stem)
         return entry if entry is not None and entry.value.suffix == suffix else None
 
@@ -95,6 +97,8 @@ class Leasing:
         stem, suffix = split_suffix(name)
         if not suffix:
             return [name, *(name + known for known in SUFFIXES)]
+        if split_suffix(stem)[1]:
+            return [name]
         other = self._state.ledger.table.get(stem)
         return [name] if other is not None and other.value.suffix != suffix else [name, stem]
 

@@ -62,6 +62,17 @@ async def test_unload_lets_a_repaired_model_in_at_once(make_registry: MakeRegist
     assert (await registry.load("m")).n_features == zoo.N
 
 
+async def test_a_suffix_within_a_name_is_part_of_it(make_registry: MakeRegistry) -> None:
+    """A file whose name ends in two suffixes is another model than the one that its stem names, resident or not."""
+    plain, doubled, rows = zoo.model(seed=1), zoo.model(seed=2), zoo.rows(2)
+    registry = await make_registry(MemoryStore({"a.ubj": plain.ubj, "a.ubj.ubj": doubled.ubj}))
+    for _ in range(2):
+        for name, model in {"a.ubj": plain, "a.ubj.ubj": doubled, "a": plain}.items():
+            assert np.array_equal(await registry.predict(name, rows), model.expected(rows))
+    assert await registry.unload("a.ubj.ubj")
+    assert "a.ubj" in [info.name for info in registry.loaded()]
+
+
 async def test_unload_takes_both_spellings(make_registry: MakeRegistry) -> None:
     """A model that was asked for with and without its suffix is gone under both names."""
     store = GatedStore({"m.tar.gz": zoo.model(seed=1).targz})
