@@ -82,6 +82,7 @@ async def pending(registry: ModelRegistry, *names: str) -> AsyncIterator[asyncio
 
     task = asyncio.create_task(take())
     while not (registry._state.ledger.queue or registry._state.ledger.parked):
+        assert not task.done(), "it does not wait"
         await asyncio.sleep(0)
     yield task
 
@@ -438,6 +439,45 @@ async def small_chunks(artifact: Any) -> AsyncIterator[bytes]:
     async for chunk in artifact.chunks:
         for start in range(0, len(chunk), 4096):
             yield chunk[start : start + 4096]
+
+
+async def test_a_group_that_is_cancelled_asks_the_store_no_more(make_registry: MakeRegistry) -> None:
+    """F9: unlike a load, the search for a size is of no use to later callers."""
+    store = GatedStore(ARTIFACTS)
+    registry = await make_registry(store)
+    group = asyncio.create_task(registry.acquire_many(["m0", "m1"]).__aenter__())
+    await store.fetched(2)
+    group.cancel()
+    await settle()
+    assert group.cancelled()
+    assert not registry._state.flights.airborne
+
+
+async def test_a_version_that_is_known_to_be_larger_is_not_begun_with_too_little(make_registry: MakeRegistry) -> None:
+    """L1: it came after the group had asked for sizes; nothing is parsed before its bytes are there."""
+    small, large = FLEET["m2"], zoo.model(trees=60)
+    store = MemoryStore(ARTIFACTS)
+    registry = await make_registry(store)
+    await with_room_for(registry, "m0", "m1")
+    registry.resize("64 MiB")
+    store.put("m2.ubj", large.ubj)
+    size = (await registry.load("m2")).size_bytes
+    await registry.unload("m2")
+    store.put("m2.ubj", small.ubj)
+    held = (await registry.load("m1")).size_bytes
+    await registry.load("m0")
+    async with registry.acquire("m1"):
+        registry.resize(registry.stats().bytes_resident + held // 2)
+        async with pending(registry, "m0", "m2") as group:
+            store.put("m2.ubj", large.ubj)
+            begun = registry._pool.next_number()
+            registry.resize(registry.stats().budget + size // 2)
+            while registry._state.flights.airborne or not registry._state.ledger.queue:
+                await asyncio.sleep(0)
+            assert registry._pool.next_number() == begun + 1
+            assert registry._state.ledger.leases == 1
+            group.cancel()
+    assert held < size
 
 
 async def test_close_ends_groups_that_wait(make_registry: MakeRegistry) -> None:
