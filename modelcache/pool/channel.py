@@ -7,7 +7,6 @@ follows in the same tick leaves in one write at its end.
 from __future__ import annotations
 
 import asyncio
-import os
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, cast
 
@@ -31,7 +30,6 @@ class Channel(asyncio.Protocol, ABC):
         self._wanted = header.size
         self._writable: asyncio.Future[None] | None = None
         self._transport: asyncio.Transport
-        self._descriptor = -1
 
     @property
     def closed(self) -> bool:
@@ -41,7 +39,6 @@ class Channel(asyncio.Protocol, ABC):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Start (called by the loop)."""
         self._transport = cast("asyncio.Transport", transport)  # uvloop's is no instance of it
-        self._descriptor = transport.get_extra_info("socket").fileno()
         self._transport.set_write_buffer_limits(high=_HIGH_WATER)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the loop's signature
@@ -129,14 +126,3 @@ class Channel(asyncio.Protocol, ABC):
     def close(self) -> None:
         """End the lane; the worker takes it as the order to leave."""
         self._transport.abort()
-
-    def abandon(self) -> None:
-        """Let go of the lane without a word to the loop, which may be another process's.
-
-        Something harmless takes the descriptor's place: its number must not go to another file, which the transport
-        would close when it is collected.
-        """
-        if not self._transport.is_closing():
-            harmless = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-            os.dup2(harmless, self._descriptor, inheritable=False)
-            os.close(harmless)

@@ -8,11 +8,12 @@ import logging
 from itertools import count
 from time import monotonic
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from modelcache.errors import MissingDependencyError, ModelCacheError, WorkerCrashedError
 from modelcache.pool.artifacts import ArtifactChannel, Loading
 from modelcache.pool.lost import Epitaph, WorkerLostError
-from modelcache.pool.process import Process, start_process
+from modelcache.pool.process import Lanes, Process, start_process
 from modelcache.pool.requests import RequestChannel
 from modelcache.records import WorkerStats
 from modelcache.stats import Histogram
@@ -53,6 +54,7 @@ class Worker:
         self.process: Process
         self.requests: RequestChannel
         """The lane of rows and predictions."""
+        self._lanes = Lanes()
         self._unloaded = unloaded
         self._unloading: dict[int, float] = {}
         self._ping: asyncio.Future[Any] | None = None
@@ -62,6 +64,7 @@ class Worker:
     async def start(self, threads: int, predictor: str) -> None:
         """Start the process and wait until it is up; on an error nothing of it is left."""
         self.process = await start_process(
+            self._lanes,
             lambda: RequestChannel(self._lane_lost, self.latency.record),
             lambda: ArtifactChannel(self._lane_lost, hello=self.hello.set_result, unloaded=self._on_unloaded),
             threads=threads,
@@ -144,9 +147,8 @@ class Worker:
         self.process.artifacts.close()
 
     def abandon(self) -> None:
-        """Close this process's ends of the lanes, outside of the loop."""
-        self.requests.abandon()
-        self.process.artifacts.abandon()
+        """Close this process's ends of the lanes, outside of the loop, also while it starts."""
+        self._lanes.abandon()
 
     def stats(self) -> WorkerStats:
         """Return its figures."""
@@ -200,6 +202,8 @@ class Pool:
         self.size = size
         self.workers: list[Worker] = []
         """Those that are up."""
+        self._every: WeakSet[Worker] = WeakSet()
+        """Those that are starting, too."""
         self.restarts = 0
         self._threads = threads
         self._predictor = predictor
@@ -252,7 +256,7 @@ class Pool:
 
     def abandon(self) -> None:
         """Let go of all workers at once, without a word to anybody: in a forked child, or without a loop."""
-        for worker in self.workers:
+        for worker in self._every:
             worker.abandon()
 
     def _up(self) -> list[Worker]:
@@ -260,6 +264,7 @@ class Pool:
 
     async def _start_worker(self, index: int) -> Worker:
         worker = Worker(index, self._unloaded)
+        self._every.add(worker)
         await worker.start(self._threads, self._predictor)
         return worker
 

@@ -18,7 +18,7 @@ from modelcache.errors import ModelCacheError
 from modelcache.pool.channel import Channel
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from modelcache.pool.artifacts import ArtifactChannel
     from modelcache.pool.requests import RequestChannel
@@ -65,6 +65,44 @@ class _LastWords(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the loop's signature
         """Note that it has said all."""
         self._listener.said_all.set_result(None)
+
+
+class Lanes:
+    """The parent's ends of a worker's two lanes, from the moment there are any."""
+
+    def __init__(self) -> None:
+        self.ends: tuple[socket.socket, ...] = ()
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[tuple[int, int]]:
+        """Open both lanes, and give the descriptors that the worker started in the block is to have.
+
+        Those are closed after it: an end that is held elsewhere would hide that the worker has ended.
+        """
+        requests, workers_requests = socket.socketpair()
+        artifacts, workers_artifacts = socket.socketpair()
+        self.ends = requests, artifacts
+        try:
+            yield workers_requests.fileno(), workers_artifacts.fileno()
+        except BaseException:
+            requests.close()
+            artifacts.close()
+            raise
+        finally:
+            workers_requests.close()
+            workers_artifacts.close()
+
+    def abandon(self) -> None:
+        """Let go of both without a word to the loop, which may be another process's.
+
+        Something harmless takes the place of each: its number must not go to another file, which the transport would
+        close when it is collected.
+        """
+        for end in self.ends:
+            if end.fileno() >= 0:  # its transport has not closed it
+                harmless = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+                os.dup2(harmless, end.fileno(), inheritable=False)
+                os.close(harmless)
 
 
 class Process:
@@ -124,48 +162,41 @@ class Process:
 
 
 async def start_process(
+    lanes: Lanes,
     make_requests: Callable[[], RequestChannel],
     make_artifacts: Callable[[], ArtifactChannel],
     *,
     threads: int,
     predictor: str,
 ) -> Process:
-    """Start a worker and connect both lanes."""
-    if not sys.executable:
-        raise ModelCacheError("sys.executable is empty: set it to a Python interpreter that workers can run in.")
-    requests, workers_requests = socket.socketpair()
-    artifacts, workers_artifacts = socket.socketpair()
-    try:
-        process = await _spawn((workers_requests.fileno(), workers_artifacts.fileno()), threads, predictor)
-    except BaseException:
-        requests.close()
-        artifacts.close()
-        raise
-    finally:
-        workers_requests.close()
-        workers_artifacts.close()
+    """Start a worker and connect both ``lanes``."""
+    process = await _spawn(lanes, threads, predictor)
+    requests, artifacts = lanes.ends
     process.requests = await _connect(requests, make_requests)
     process.artifacts = await _connect(artifacts, make_artifacts)
     return process
 
 
-async def _spawn(descriptors: tuple[int, int], threads: int, predictor: str) -> Process:
+async def _spawn(lanes: Lanes, threads: int, predictor: str) -> Process:
     """Start the process, with a pipe of our own: a start that is cancelled hangs in CPython 3.11 with asyncio's."""
+    if not sys.executable:
+        raise ModelCacheError("sys.executable is empty: set it to a Python interpreter that workers can run in.")
     loop, imports = asyncio.get_running_loop(), await to_thread.run_sync(_imports)
     reading, writing = os.pipe()
     listener = _Listener()
     words, _ = await loop.connect_read_pipe(lambda: _LastWords(listener), os.fdopen(reading, "rb", 0))
     try:
-        transport, _ = await loop.subprocess_exec(
-            lambda: listener,
-            *_command(descriptors, threads, predictor, imports),
-            pass_fds=descriptors,
-            env=_environment(threads),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=writing,
-            start_new_session=True,  # Ctrl-C in a terminal reaches the parent alone
-        )
+        with lanes.open() as descriptors:
+            transport, _ = await loop.subprocess_exec(
+                lambda: listener,
+                *_command(descriptors, threads, predictor, imports),
+                pass_fds=descriptors,
+                env=_environment(threads),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=writing,
+                start_new_session=True,  # Ctrl-C in a terminal reaches the parent alone
+            )
     except BaseException:
         words.close()
         raise

@@ -6,7 +6,6 @@ import asyncio
 import os
 import socket
 from itertools import pairwise
-from pathlib import Path
 from struct import Struct
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 HEADER = Struct("<IB")
-NULL_DEVICE = Path(os.devnull).stat().st_rdev
 
 
 class Recorder(Channel):
@@ -221,13 +219,3 @@ async def test_the_end_of_the_worker_is_reported_once_and_wakes_senders(pair: Pa
     await settle()
     assert pair.channel.ends == 1
     assert pair.channel.closed
-
-
-async def test_an_abandoned_lane_ends_for_the_worker_and_keeps_its_number(pair: Pair) -> None:
-    """Letting go of a descriptor ends the lane, but no other file can get its number, which the loop still has."""
-    number = pair.channel._descriptor
-    pair.channel.abandon()
-    pair.peer.settimeout(5)
-    assert pair.peer.recv(1) == b""
-    assert os.fstat(number).st_rdev == NULL_DEVICE
-    assert not os.get_inheritable(number)

@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -24,6 +25,7 @@ import modelcache
 import odd
 import zoo
 from modelcache import MemoryStore, ModelCacheError, ModelRegistry, RegistryClosedError
+from modelcache.pool.process import Lanes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -421,6 +423,72 @@ def test_a_forked_child_is_told_and_disturbs_nobody(script: Callable[[str], list
             assert alive(facts["child"])
         finally:
             os.kill(facts["child"], signal.SIGKILL)
+
+
+def test_a_child_forked_while_workers_start_disturbs_nobody(script: Callable[[str], list[str]]) -> None:
+    """Rule P5: it keeps neither end of a lane that it was born with, before the worker was started or after.
+
+    The end of a worker is still noticed, and so is that of the parent.
+    """
+    command = script("""
+        from modelcache.pool import pool, process
+
+        children = []
+
+        def fork_before(step):
+            async def forking(*args):
+                child = os.fork()
+                if not child:
+                    signal.alarm(60)  # should the test fail
+                    signal.pause()
+                children.append(child)
+                return await step(*args)
+            return forking
+
+        async def main():
+            registry = make()
+            for owner, name in ((process, "_spawn"), (pool.Worker, "_greet")):
+                setattr(owner, name, fork_before(getattr(owner, name)))
+            await registry.start()
+            workers = [worker.pid for worker in registry._pool.workers]
+            for pid in workers:
+                os.kill(pid, signal.SIGKILL)
+            while registry.stats().worker_restarts < 2:
+                await asyncio.sleep(0)
+            answer = (await registry.predict("odd", [0, 21])).tolist()
+            tell(answer=answer, children=children, workers=[worker.pid for worker in registry._pool.workers])
+            await asyncio.Event().wait()
+
+        asyncio.run(main())
+    """)
+    with running(command) as parent:
+        facts = parent.told()
+        try:
+            assert facts["answer"] == [42]
+            assert len(facts["children"]) == 8
+            parent.process.send_signal(signal.SIGKILL)
+            assert_ended(facts["workers"])
+            assert all(alive(child) for child in facts["children"])
+        finally:
+            for child in facts["children"]:
+                os.kill(child, signal.SIGKILL)
+
+
+def test_abandoned_lanes_end_for_the_worker_and_keep_their_numbers() -> None:
+    """Letting go of a descriptor ends the lane, but no other file can get its number, which the loop still has."""
+    lanes = Lanes()
+    lanes.abandon()  # nothing yet
+    with lanes.open() as descriptors:
+        workers = [socket.socket(fileno=os.dup(number)) for number in descriptors]
+    lanes.abandon()
+    for end, workers_end in zip(lanes.ends, workers, strict=True):
+        assert os.fstat(end.fileno()).st_rdev == Path(os.devnull).stat().st_rdev
+        assert not os.get_inheritable(end.fileno())
+        workers_end.settimeout(5)
+        assert workers_end.recv(1) == b""
+        end.close()
+        workers_end.close()
+    lanes.abandon()  # nothing any more
 
 
 def test_a_registry_works_in_each_process_of_a_prefork_server(script: Callable[[str], list[str]]) -> None:
