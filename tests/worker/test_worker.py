@@ -466,6 +466,15 @@ def test_a_fault_of_the_worker_itself_ends_it_with_a_traceback(odd_worker: LoneW
     assert "ZeroDivisionError" in odd_worker.close()
 
 
+def test_the_last_words_of_a_crash_are_those_of_its_thread(scene: Scene) -> None:
+    """Another thread may be running: to walk through its frames crashes once more, under another signal."""
+    scene.release(ask(1, 2, [odd.ABORT, 0]))
+    assert scene.worker.process.wait(PATIENCE) == -signal.SIGABRT
+    said = scene.worker.close()
+    assert "in _do" in said, "what the crashing thread was at"
+    assert "loading.py" not in said, "what the loader thread was at"
+
+
 def test_a_predictor_that_cannot_be_imported_is_reported_before_the_worker_leaves() -> None:
     """HELLO carries the reason, and the process ends by itself."""
     worker = LoneWorker("no.such:Thing")
