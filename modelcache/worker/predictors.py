@@ -113,6 +113,7 @@ class XGBoostPredictor:
         self._proxy = ctypes.c_void_p()
         _check(_library().XGProxyDMatrixCreate(ctypes.byref(self._proxy)))
         self._into = tuple(map(ctypes.byref, (self._shape, self._dimensions, self._result)))
+        self._rows_at_once: dict[str, int] = {}
 
     @classmethod
     def load(cls, data: memoryview, *, threads: int) -> Self:
@@ -143,6 +144,13 @@ class XGBoostPredictor:
 
     def predict(self, rows: Matrix, output: str) -> Matrix:
         """Return what ``Booster.predict`` returns, bit for bit."""
+        most = self._rows_at_once.get(output, len(rows))
+        if len(rows) <= most:
+            return self._predict_at_once(rows, output)
+        starts = range(0, len(rows), most)
+        return np.concatenate([self._predict_at_once(rows[start : start + most], output) for start in starts])
+
+    def _predict_at_once(self, rows: Matrix, output: str) -> Matrix:
         if self._dense and output in self._dense:
             staged = getattr(rows, "interface", None) or interface_of(rows)
             config = self._dense[output]
@@ -177,6 +185,11 @@ class XGBoostPredictor:
         self._dense = {output: self._configs[output] for output in fast}
         trial = self.predict(np.full((1, self.n_features), np.nan, np.float32), "value")
         self.n_outputs = int(np.prod(trial.shape[1:]))
+        widths = {"leaf": self.n_trees, "contribs": self.n_outputs * (self.n_features + 1)}
+        self._rows_at_once = {
+            output: max(_FEWEST_ROWS, _CELLS_AT_ONCE // max(1, widths.get(output, self.n_outputs)))
+            for output in _PREDICTION_TYPES
+        }
 
     def _predict_from_dmatrix(self, rows: Matrix, output: str) -> None:
         library, matrix = _library(), ctypes.c_void_p()
@@ -190,6 +203,10 @@ class XGBoostPredictor:
 
 
 _WARM_UP_ROUNDS = 20
+
+_CELLS_AT_ONCE, _FEWEST_ROWS = 1 << 12, 256
+"""XGBoost keeps the largest answer of each model, per thread, even when another thread has freed the model. A batch is
+therefore predicted in pieces of 16 KiB of answers, or of 256 rows: with fewer, leaves would take twice as long."""
 
 _PREDICTION_TYPES = {"value": 0, "margin": 1, "contribs": 2, "leaf": 6}
 

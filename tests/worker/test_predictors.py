@@ -184,6 +184,17 @@ def test_answers_of_one_model_do_not_share_memory() -> None:
     assert np.array_equal(first, kept)
 
 
+@pytest.mark.parametrize("output", wire.OUTPUTS)
+@pytest.mark.parametrize("name", ["reg:squarederror", "softprob", "linear", "dart", "vector leaves", "stopped"])
+def test_a_batch_that_is_cut_into_pieces_is_xgboosts_own_bit_for_bit(name: str, output: str) -> None:
+    """Rule A5: large batches are predicted in pieces, the last of which is a short one."""
+    model, rows = load(trained(name)), np.tile(FEATURES, (40, 1))[:-7]
+    in_pieces = outcome(lambda: model.predict(rows, output))
+    assert len(rows) > 2 * model._rows_at_once[output]
+    model._rows_at_once = {}
+    assert np.array_equal(in_pieces, outcome(lambda: model.predict(rows, output)))
+
+
 def test_early_stopping_counts_the_trees_up_to_the_best_iteration() -> None:
     """Rule A5: it predicts as the booster does that is cut after its best iteration, not as the whole one."""
     booster, rows = trained("stopped"), xgb.DMatrix(FEATURES)
@@ -327,7 +338,7 @@ def test_the_contract_finds_what_is_broken(broken: type[Predictor], clause: str)
 
 
 # No model that is cut short among them: XGBoost reads on behind its last byte, and what lies there decides whether it
-# refuses it, allocates gigabytes or crashes, and the test run with it. Workers refuse such bytes before they parse them.
+# refuses, allocates gigabytes or crashes, and the test run with it. Workers refuse such bytes before they parse them.
 @pytest.mark.parametrize(
     "data",
     [
