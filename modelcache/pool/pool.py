@@ -222,9 +222,14 @@ class Pool:
         """Start all workers; if one cannot start, none stays, and it can be tried again."""
         self._closing.clear()
         starting = [asyncio.create_task(self._start_worker(index)) for index in range(self.size)]
-        started = await asyncio.gather(*starting, return_exceptions=True)
+        try:
+            started = await asyncio.gather(*starting, return_exceptions=True)
+        except asyncio.CancelledError:  # the loop ends; those that were still starting have ended what there was
+            up = [task.result() for task in starting if not task.cancelled() and task.exception() is None]
+            await asyncio.gather(*(worker.bury() for worker in up))
+            raise
         self.workers = [worker for worker in started if isinstance(worker, Worker)]
-        self._keepers = [asyncio.create_task(self._keep(worker)) for worker in self.workers]
+        self._keepers = [self._employ_keeper(worker) for worker in self.workers]
         failures = [failure for failure in started if isinstance(failure, BaseException)]
         if failures:
             await self.close()
@@ -267,6 +272,11 @@ class Pool:
         self._every.add(worker)
         await worker.start(self._threads, self._predictor)
         return worker
+
+    def _employ_keeper(self, worker: Worker) -> asyncio.Task[None]:
+        keeper = asyncio.create_task(self._keep(worker))
+        keeper.add_done_callback(lambda _: worker.process.kill())  # it may be cancelled before it has begun
+        return keeper
 
     async def _keep(self, worker: Worker) -> None:
         """Bury ``worker`` when it ends, and put another in its place; until the pool closes."""

@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from anyio import to_thread
 
@@ -30,6 +30,8 @@ _PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LANG", "LC_ALL", 
 
 _BYTES_KEPT = 2000
 _LAST_WORDS_TIMEOUT = 1.0
+_KILL_TIMEOUT = 0.2
+"""Seconds for asyncio to see the end of a process that it has killed."""
 
 C = TypeVar("C", bound=Channel)
 
@@ -84,13 +86,14 @@ class Lanes:
         self.ends = requests, artifacts
         try:
             yield workers_requests.fileno(), workers_artifacts.fileno()
-        except BaseException:
-            requests.close()
-            artifacts.close()
-            raise
         finally:
             workers_requests.close()
             workers_artifacts.close()
+
+    def close(self) -> None:
+        """Close both, if they have not become transports."""
+        for end in self.ends:
+            end.close()
 
     def abandon(self) -> None:
         """Let go of both without a word to the loop, which may be another process's.
@@ -172,8 +175,14 @@ async def start_process(
     """Start a worker and connect both ``lanes``."""
     process = await _spawn(lanes, threads, predictor)
     requests, artifacts = lanes.ends
-    process.requests = await _connect(requests, make_requests)
-    process.artifacts = await _connect(artifacts, make_artifacts)
+    try:
+        process.requests = await _connect(requests, make_requests)
+        process.artifacts = await _connect(artifacts, make_artifacts)
+    except BaseException:
+        lanes.close()
+        process.kill()
+        await process.wait()
+        raise
     return process
 
 
@@ -184,25 +193,60 @@ async def _spawn(lanes: Lanes, threads: int, predictor: str) -> Process:
     loop, imports = asyncio.get_running_loop(), await to_thread.run_sync(_imports)
     reading, writing = os.pipe()
     listener = _Listener()
-    words, _ = await loop.connect_read_pipe(lambda: _LastWords(listener), os.fdopen(reading, "rb", 0))
     try:
-        with lanes.open() as descriptors:
-            transport, _ = await loop.subprocess_exec(
+        words, _ = await loop.connect_read_pipe(lambda: _LastWords(listener), os.fdopen(reading, "rb", 0))
+        try:
+            transport = await _execute(
+                lanes,
                 lambda: listener,
-                *_command(descriptors, threads, predictor, imports),
-                pass_fds=descriptors,
+                lambda descriptors: _command(descriptors, threads, predictor, imports),
                 env=_environment(threads),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=writing,
                 start_new_session=True,  # Ctrl-C in a terminal reaches the parent alone
             )
-    except BaseException:
-        words.close()
-        raise
+        except BaseException:
+            words.close()
+            lanes.close()
+            raise
     finally:
         os.close(writing)
     return Process(transport, listener, words)
+
+
+async def _execute(
+    lanes: Lanes,
+    make_listener: Callable[[], _Listener],
+    command: Callable[[tuple[int, int]], list[str]],
+    **options: Any,
+) -> asyncio.SubprocessTransport:
+    """Call the loop's ``subprocess_exec``, which does not always end when it is cancelled.
+
+    It waits for the process that it kills then. But ``asyncio.run`` cancels all tasks in the end, one of its own among
+    them: if that had not begun, nobody tells it of the end of the process, and it takes a second cancellation.
+    """
+    loop = asyncio.get_running_loop()
+    try:
+        with lanes.open() as descriptors:
+            starting = loop.create_task(
+                loop.subprocess_exec(make_listener, *command(descriptors), pass_fds=descriptors, **options)
+            )
+            await asyncio.sleep(0)  # its first step starts the process, which alone is to hold its ends from then on
+        await asyncio.wait((starting,))
+    except asyncio.CancelledError:
+        if not starting.cancelling():
+            starting.cancel()
+        await asyncio.wait((starting,), timeout=_KILL_TIMEOUT)
+        starting.cancel()
+        starting.add_done_callback(_end_process)
+        raise
+    return starting.result()[0]
+
+
+def _end_process(started: asyncio.Task[tuple[asyncio.SubprocessTransport, _Listener]]) -> None:
+    if not started.cancelled() and started.exception() is None:
+        started.result()[0].close()  # it came up in the tick of the cancellation
 
 
 def _command(descriptors: tuple[int, int], threads: int, predictor: str, imports: list[str]) -> list[str]:

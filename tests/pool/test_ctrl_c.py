@@ -1,7 +1,8 @@
-"""Ctrl-C while the workers start: the app ends at once, as if they were no concern of it, and leaves none behind."""
+"""Apps that end while the workers start, by Ctrl-C or by themselves: they do so at once, and leave none behind."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -10,12 +11,15 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
 
 import modelcache
 import odd
+import oracle
+from modelcache.pool import process
 
 PATIENCE = 30
 FOLDERS = os.pathsep.join([str(Path(modelcache.__file__).parent.parent), str(Path(odd.__file__).parent)])
@@ -35,8 +39,8 @@ PREAMBLE = """
 """
 
 
-def command(body: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-W", "always", "-c", textwrap.dedent(PREAMBLE) + textwrap.dedent(body), *arguments]
+def command(*parts: str, arguments: tuple[str, ...] = ()) -> list[str]:
+    return [sys.executable, "-W", "always", "-c", "".join(map(textwrap.dedent, (PREAMBLE, *parts))), *arguments]
 
 
 def assert_ended(pids: list[int]) -> None:
@@ -100,7 +104,7 @@ POINTS = ["before worker 0", "after worker 0", "after worker 1", "while one gree
 def test_ctrl_c_at_a_point_of_the_start(point: str, loop: str) -> None:
     """Rule P5: it is a KeyboardInterrupt like any other: no complaint, and no process is left."""
     with subprocess.Popen(
-        command(STOPS, point, loop),
+        command(STOPS, arguments=(point, loop)),
         env=ENVIRONMENT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     ) as app:  # fmt: skip
         assert app.stdin is not None and app.stdout is not None
@@ -121,7 +125,7 @@ def test_ctrl_c_at_a_point_of_the_start(point: str, loop: str) -> None:
     assert_ended([fact["pid"] for fact in [*facts, *map(json.loads, said.splitlines())]])
 
 
-SWEEP = """
+STEPS = """
     noise = []
 
     class Listener(logging.Handler):
@@ -132,31 +136,38 @@ SWEEP = """
     sys.unraisablehook = lambda found: noise.append(repr(found.exc_value))
     warnings.showwarning = lambda message, *_, **__: noise.append(str(message))
 
+    def reached():
+        pass
+
     plain_run = asyncio.Handle._run
-    to_go = 0
 
     def run(self):
         global to_go
-        if to_go:
-            to_go -= 1
-            if not to_go:
-                signal.raise_signal(signal.SIGINT)
+        to_go -= 1
+        if not to_go:
+            reached()
         plain_run(self)
 
     asyncio.Handle._run = run
-    up = False
+    to_go = 0
+    asyncio.run(asyncio.sleep(0))  # what asyncio opens once
+    descriptors = len(os.listdir("/dev/fd"))
+"""
+
+SWEEP = """
+    def reached():
+        signal.raise_signal(signal.SIGINT)
 
     async def main():
         global up, to_go
         async with make(workers=1):
             up = True
-            if to_go:
+            if to_go > 0:
                 to_go = 0
-                signal.raise_signal(signal.SIGINT)
+                reached()
             await asyncio.Event().wait()
 
-    asyncio.run(asyncio.sleep(0))  # what asyncio opens once
-    descriptors, step = len(os.listdir("/dev/fd")), 0
+    up, step = False, 0
     while not up:
         step += 1
         to_go = step
@@ -175,9 +186,66 @@ SWEEP = """
 def test_ctrl_c_at_each_step_of_the_start() -> None:
     """Rule P5: before the first step of the event loop, before the second, and so on until the workers are up."""
     done = subprocess.run(
-        command(SWEEP), check=True, env=ENVIRONMENT, timeout=2 * PATIENCE, capture_output=True, text=True
+        command(STEPS, SWEEP), check=True, env=ENVIRONMENT, timeout=2 * PATIENCE, capture_output=True, text=True
     )
     *complaints, end = map(json.loads, done.stdout.splitlines())
     assert complaints == []
     assert end["steps"] > 20
     assert done.stderr == ""
+
+
+DESERTED = """
+    async def main():
+        global reached, up
+        registry, ending = make(workers=2), asyncio.Event()
+        reached = ending.set
+        if to_go <= 0:
+            reached()
+        starting = asyncio.create_task(registry.start())
+        starting.add_done_callback(lambda _: ending.set())
+        await ending.wait()
+        if registry._life.loop is not None:
+            up = True
+            await registry.close()
+
+    gc.disable()  # a worker whose lanes are collected ends by itself
+    up, step = False, 0
+    while not up:
+        step += 1
+        to_go = step
+        asyncio.run(main())
+        _, left = psutil.wait_procs(psutil.Process().children(), timeout=5)
+        gc.collect()
+        if left or len(os.listdir("/dev/fd")) > descriptors:
+            tell(step=step, left=len(left), descriptors=os.listdir("/dev/fd"))
+    tell(steps=step)
+"""
+
+
+def test_an_app_that_ends_while_the_workers_start() -> None:
+    """Rule P5: at whatever step ``asyncio.run`` cancels the start, it ends, with the workers and their descriptors.
+
+    It cancels a task of asyncio's own, too, without which asyncio waits for ever for a process that it has killed.
+    """
+    done = subprocess.run(
+        command(STEPS, DESERTED), check=True, env=ENVIRONMENT, timeout=2 * PATIENCE, capture_output=True
+    )
+    *complaints, end = map(json.loads, done.stdout.splitlines())
+    assert complaints == []
+    assert end["steps"] > 20
+
+
+async def test_a_start_cancelled_between_process_and_lanes_ends_the_process(
+    no_processes_left: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F11: what has been started so far is ended, and waited for, whatever comes between."""
+
+    async def cancelled(*_: object) -> None:
+        raise asyncio.CancelledError
+
+    descriptors = oracle.open_descriptors()
+    monkeypatch.setattr(process, "_connect", cancelled)
+    with pytest.raises(asyncio.CancelledError):
+        await process.start_process(process.Lanes(), mock.Mock(), mock.Mock(), threads=1, predictor=odd.ODD)
+    await asyncio.sleep(0)
+    assert oracle.open_descriptors() <= descriptors
