@@ -93,3 +93,28 @@ def scripted(**script: str) -> bytes:
 def fail(error: Exception) -> None:
     """Raise it, in an expression."""
     raise error
+
+
+class Numpyish(Scaled):
+    """Says of itself what NumPy gave it."""
+
+    def __init__(self, factors: Matrix) -> None:
+        super().__init__(factors)
+        facts = {
+            "n_features": np.int64(len(factors)),
+            "feature_names": np.array(["a", "b"]),
+            "n_outputs": np.int32(1),
+            "n_trees": np.int64(7),
+            "best_iteration": np.int16(3),
+            "objective": np.str_("sums"),
+            "booster": np.str_("none"),
+        }
+        vars(self).update(facts)
+
+
+class Unnamed(Scaled):
+    """Has a list of names with nothing in it."""
+
+    def __init__(self, factors: Matrix) -> None:
+        super().__init__(factors)
+        vars(self).update(feature_names=np.array([]))

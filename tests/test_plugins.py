@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import plugin
@@ -41,6 +42,28 @@ async def test_its_errors_reach_the_caller(make_registry: MakeRegistry) -> None:
         await registry.predict("bad", ROWS)
     with pytest.raises(InvalidInputError, match="there is no leaf"):
         await registry.predict("good", ROWS, output="leaf")
+
+
+async def test_what_it_says_of_itself_may_be_numpys(make_registry: MakeRegistry) -> None:
+    """Numbers and texts of NumPy become plain ones, and names in an array are names like any others."""
+    registry = await make_registry(MemoryStore({"m.ubj": plugin.artifact()}), predictor="plugin:Numpyish")
+    info = await registry.load("m")
+    facts = (info.n_features, info.feature_names, info.n_outputs, info.n_trees, info.best_iteration)
+    assert facts == (2, ("a", "b"), 1, 7, 3)
+    assert (info.objective, info.booster) == ("sums", "none")
+    plain = [info.n_features, info.n_outputs, info.n_trees, info.best_iteration]
+    assert {type(fact) for fact in plain} == {int}
+    assert {type(fact) for fact in (info.objective, info.booster, *(info.feature_names or ()))} == {str}
+    swapped = pd.DataFrame(ROWS, columns=["a", "b"])[["b", "a"]]
+    assert np.array_equal(await registry.predict("m", swapped), [32.0, 64.0])
+
+
+@pytest.mark.parametrize("predictor", ["Scaled", "Unnamed"])
+async def test_it_need_not_have_names(make_registry: MakeRegistry, predictor: str) -> None:
+    """None is no names, and so is an array of none."""
+    registry = await make_registry(MemoryStore({"m.ubj": plugin.artifact()}), predictor=f"plugin:{predictor}")
+    assert (await registry.load("m")).feature_names is None
+    assert np.array_equal(await registry.predict("m", ROWS), [32.0, 64.0])
 
 
 async def test_an_archive_of_two_files_is_refused(make_registry: MakeRegistry) -> None:
