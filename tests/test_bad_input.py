@@ -10,6 +10,7 @@ import pickle
 import signal
 import tarfile
 import zipfile
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -249,6 +250,34 @@ async def test_a_model_with_a_wrong_suffix_is_still_a_model(make_registry: MakeR
     for name in ("a", "b", "good"):
         assert np.array_equal(await registry.predict(name, ROWS), MODEL.expected(ROWS))
     await assert_still_serves(registry)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "remedy"),
+    [
+        ("version", 7, "the version 7: it has to be text"),
+        ("version", None, "the version None: it has to be text"),
+        ("size", -1, "a size of -1: it has to be a number of bytes, or None"),
+        ("size", "10", "a size of '10': it has to be a number of bytes, or None"),
+        ("suffix", None, "the suffix None: it has to be text, '' if there is none"),
+        ("chunks", b"{}", r"delivers b'\{\}': it has to be an async iterator of bytes"),
+    ],
+)
+async def test_a_store_that_announces_nonsense(
+    make_registry: MakeRegistry, field: str, value: object, remedy: str
+) -> None:
+    """The error says which field of its Artifact is wrong, with the model's name; others are served on."""
+
+    class Odd(MemoryStore):
+        async def fetch(self, name: str, *, if_version: str | None = None) -> Any:
+            artifact = await super().fetch(name, if_version=if_version)
+            return replace(artifact, **{field: value}) if name == "m" else artifact
+
+    registry = await make_registry(Odd({"m.ubj": MODEL.ubj, "good.ubj": MODEL.ubj}))
+    with pytest.raises(StoreError, match=remedy) as caught:
+        await registry.predict("m", ROWS)
+    assert caught.value.model == "m"
+    assert np.array_equal(await registry.predict("good", ROWS), MODEL.expected(ROWS))
 
 
 @pytest.mark.parametrize("suffix", [".json", ".tar.gz"])

@@ -35,12 +35,23 @@ class Artifact:
     SHA-256 at all raises StoreError here, in the store that has announced it."""
 
     def __post_init__(self) -> None:
-        if self.digest is None:
-            return
-        digest = self.digest.lower() if isinstance(self.digest, str) else ""
+        """Raise StoreError, in the store that makes it, for what no artifact can be."""
+        if not isinstance(self.version, str):
+            raise StoreError(f"The store announced the version {self.version!r}: it has to be text.")
+        if self.size is not None and (not isinstance(self.size, int) or self.size < 0):
+            raise StoreError(f"The store announced a size of {self.size!r}: it has to be a number of bytes, or None.")
+        if not isinstance(self.suffix, str):
+            raise StoreError(f"The store announced the suffix {self.suffix!r}: it has to be text, '' if there is none.")
+        if not hasattr(self.chunks, "__aiter__"):
+            raise StoreError(f"The store delivers {self.chunks!r}: it has to be an async iterator of bytes.")
+        if self.digest is not None:
+            self._set_digest(self.digest)
+
+    def _set_digest(self, announced: object) -> None:
+        digest = announced.lower() if isinstance(announced, str) else ""
         if not _SHA256.fullmatch(digest):
             raise StoreError(
-                f"The store announced the digest {self.digest!r}: it has to be a SHA-256 as 64 hexadecimal digits, "
+                f"The store announced the digest {announced!r}: it has to be a SHA-256 as 64 hexadecimal digits, "
                 "as hashlib.sha256(data).hexdigest() gives it, or None."
             )
         object.__setattr__(self, "digest", digest)  # the dataclass is frozen for everybody else
