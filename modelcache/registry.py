@@ -334,6 +334,7 @@ class ModelRegistry:
 
     async def names(self, prefix: str = "") -> AsyncIterator[str]:
         """Yield what the store offers, as :meth:`predict` takes it, each name once."""
+        self._life.check()
         listing = getattr(self._store, "names", None)
         if listing is None:
             raise StoreError(f"{self._store!r} cannot list its models: it has no method names(prefix).")

@@ -264,13 +264,13 @@ async def test_a_model_with_a_wrong_suffix_is_still_a_model(make_registry: MakeR
     ],
 )
 async def test_a_store_that_announces_nonsense(
-    make_registry: MakeRegistry, field: str, value: object, remedy: str
+    make_registry: MakeRegistry, field: str, value: Any, remedy: str
 ) -> None:
     """The error says which field of its Artifact is wrong, with the model's name; others are served on."""
 
     class Odd(MemoryStore):
         async def fetch(self, name: str, *, if_version: str | None = None) -> Any:
-            artifact = await super().fetch(name, if_version=if_version)
+            artifact: Any = await super().fetch(name, if_version=if_version)
             return replace(artifact, **{field: value}) if name == "m" else artifact
 
     registry = await make_registry(Odd({"m.ubj": MODEL.ubj, "good.ubj": MODEL.ubj}))

@@ -194,9 +194,18 @@ async def test_close_leaves_nothing(store: MemoryStore, no_processes_left: None)
     oracle.check_gone(registry)
     oracle.check_no_tasks_left()
     assert oracle.open_descriptors() <= descriptors
-    for again in (registry.start, registry.__aenter__):
+    uses = (
+        registry.start, registry.__aenter__, registry.names().__anext__, registry.acquire("m").__aenter__,
+        registry.acquire_many(["m"]).__aenter__, lambda: registry.load("m"), lambda: registry.unload("m"),
+        lambda: registry.preload(["m"]), lambda: registry.pin("m"), lambda: registry.invoke("m", ROWS),
+    )  # fmt: skip
+    for use in uses:
         with pytest.raises(RegistryClosedError, match="make a new one"):
-            await again()
+            await use()
+    registry.unpin("m")  # as a cleanup would: harmless
+    assert registry.loaded() == []
+    assert registry.stats().loads == 1
+    assert "the registry was closed" in registry.explain("m")
 
 
 # Models: load, preload, pin, unload, names
