@@ -10,7 +10,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
-from modelcache.errors import MissingDependencyError, ModelCacheError, WorkerCrashedError
+from modelcache.errors import MissingDependencyError, ModelCacheError, RegistryClosedError, WorkerCrashedError
 from modelcache.pool.artifacts import ArtifactChannel, Loading
 from modelcache.pool.lost import Epitaph, WorkerLostError
 from modelcache.pool.process import Lanes, Process, start_process
@@ -240,6 +240,8 @@ class Pool:
     async def place(self) -> Worker:
         """Return the worker with the fewest bytes, waiting for one to come up if none is."""
         while not (up := self._up()):
+            if self._closing.is_set():  # a store has let go of its load too late
+                raise RegistryClosedError("The registry was closed while this model was loading.")
             if self._broken is not None:
                 raise self._broken.fresh()
             self._decided.clear()  # the last one has ended, and its keeper has not noticed yet
