@@ -4,58 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 import subprocess
-import sys
-import textwrap
-import time
-from pathlib import Path
 from unittest import mock
 
-import psutil
 import pytest
 
-import modelcache
 import odd
 import oracle
+from apps import ENVIRONMENT, PATIENCE, assert_ended, command
 from modelcache.pool import process
-
-PATIENCE = 30
-FOLDERS = os.pathsep.join([str(Path(modelcache.__file__).parent.parent), str(Path(odd.__file__).parent)])
-ENVIRONMENT = {"PATH": os.environ.get("PATH", os.defpath), "PYTHONPATH": FOLDERS, "PYTHONUNBUFFERED": "1"}
-
-PREAMBLE = """
-    import asyncio, gc, json, logging, os, signal, sys, warnings
-    import psutil
-    from modelcache import MemoryStore, ModelRegistry
-    from modelcache.pool import pool
-
-    def make(workers):
-        return ModelRegistry(MemoryStore(), workers=workers, memory_budget="64 MiB", predictor="odd:Odd")
-
-    def tell(**facts):
-        print(json.dumps(facts), flush=True)
-"""
-
-
-def command(*parts: str, arguments: tuple[str, ...] = ()) -> list[str]:
-    return [sys.executable, "-W", "always", "-c", "".join(map(textwrap.dedent, (PREAMBLE, *parts))), *arguments]
-
-
-def assert_ended(pids: list[int]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while any(map(alive, pids)):
-        assert time.monotonic() < deadline, f"{[pid for pid in pids if alive(pid)]} are still alive"
-        os.sched_yield()
-
-
-def alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
 
 STOPS = """
     plain_start, plain_greet = pool.start_process, pool.Worker._greet
