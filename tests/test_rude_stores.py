@@ -16,7 +16,6 @@ from conftest import settle
 from modelcache import (
     Artifact,
     CorruptArtifactError,
-    MemoryStore,
     ModelCacheError,
     ModelLoaded,
     ModelRegistry,
@@ -79,18 +78,18 @@ async def meet(trouble: dict[str, Any], place: str, reached: asyncio.Event) -> N
     raise trouble[place]("gone")
 
 
-class Rude(MemoryStore):
+class Rude:
     """A store with ``trouble``: by place, the kind it raises there, or None to hang for ever. Model "good" has none."""
 
     def __init__(self, **trouble: Any) -> None:
-        super().__init__({"m.ubj": MODEL.ubj, "good.ubj": MODEL.ubj})
+        self.artifacts = {"m": MODEL.ubj, "good": MODEL.ubj}
         self.trouble = trouble
         self.reached = asyncio.Event()
 
     async def fetch(self, name: str, *, if_version: str | None = None) -> Artifact | NotModified:
         trouble = {} if name == "good" else self.trouble
         await meet(trouble, "fetch", self.reached)
-        data = self._artifacts[f"{name}.ubj"]
+        data = self.artifacts[name]
         return Artifact(version="1", size=len(data), suffix=".ubj", chunks=Chunks(data, trouble, self.reached))
 
     async def close(self) -> None:
@@ -128,6 +127,12 @@ def str_of(value: Any) -> str:
 # Letting go of an artifact
 
 TROUBLES = [None, OSError, Strange, asyncio.CancelledError]
+STRANGE_AT_LARGE = pytest.param(
+    Strange,
+    marks=pytest.mark.xfail(strict=True, reason="passes through the loader, as KeyboardInterrupt has to"),
+    id="Strange",
+)
+LET_GO = [None, OSError, STRANGE_AT_LARGE, asyncio.CancelledError]
 
 
 @pytest.mark.parametrize("trouble", TROUBLES, ids=str_of)
@@ -145,8 +150,7 @@ async def test_a_model_that_has_landed_is_served_whatever_becomes_of_its_artifac
             await assert_serves(registry, name)
 
 
-@pytest.mark.xfail(strict=True, reason="the loader takes what aclose raises for a failure of the load")
-@pytest.mark.parametrize("trouble", TROUBLES, ids=str_of)
+@pytest.mark.parametrize("trouble", LET_GO, ids=str_of)
 async def test_a_load_that_has_landed_is_no_failure(
     make_registry: MakeRegistry, monkeypatch: pytest.MonkeyPatch, trouble: Kind | None
 ) -> None:
@@ -188,15 +192,14 @@ async def test_a_load_that_failed_is_told_whatever_becomes_of_its_artifact(
             await assert_serves(registry)
 
 
-@pytest.mark.xfail(strict=True, reason="what aclose raises takes the place of what has failed the load")
-@pytest.mark.parametrize("trouble", TROUBLES, ids=str_of)
+@pytest.mark.parametrize("trouble", LET_GO, ids=str_of)
 async def test_a_load_that_failed_says_what_failed(
     make_registry: MakeRegistry, monkeypatch: pytest.MonkeyPatch, trouble: Kind | None
 ) -> None:
     """F6: an artifact that is refused is the caller's news, not that the store would not let go of it."""
     monkeypatch.setattr(ACLOSE_PATIENCE, SHORT)
     store = Rude(aclose=trouble)
-    store.put("m.ubj", b"{broken")
+    store.artifacts["m"] = b"{broken"
     registry = await make_registry(store, failure_ttl=0)
     async with asyncio.timeout(LONG):
         with pytest.raises(CorruptArtifactError):
@@ -219,12 +222,7 @@ async def test_whatever_a_store_raises_each_caller_gets_a_store_error(
     await all_loads_ended()
 
 
-NOISY = pytest.param(
-    Strange, marks=pytest.mark.xfail(strict=True, reason="the load's task ends with it, and nobody looks"), id="Strange"
-)
-
-
-@pytest.mark.parametrize("trouble", [OSError, NOISY, asyncio.CancelledError], ids=str_of)
+@pytest.mark.parametrize("trouble", [OSError, STRANGE_AT_LARGE, asyncio.CancelledError], ids=str_of)
 async def test_what_a_store_raises_is_told_to_its_callers_alone(make_registry: MakeRegistry, trouble: Kind) -> None:
     """F6: the event loop has nothing to complain of, such as an exception that nobody has retrieved."""
     complaints = listen_to_the_loop()
