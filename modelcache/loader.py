@@ -41,6 +41,8 @@ logger = logging.getLogger("modelcache")
 
 _NEVER_REMEMBERED = (ModelTooLargeError, BudgetTimeoutError, RegistryClosedError)
 
+_MEANT_FOR_ALL = (KeyboardInterrupt, SystemExit)
+
 _ACLOSE_TIMEOUT = 10.0
 """Seconds for a store to let go of an artifact."""
 
@@ -80,6 +82,18 @@ class Loader:
         if flight.claim is not None:
             self._state.retire(ledger.refuse(flight.claim))
 
+    def cancel(self) -> None:
+        """Ask all loads to end."""
+        for flight in self._state.flights.airborne:
+            flight.task.cancel()
+
+    async def ended(self, patience: float) -> None:
+        """Wait until they have, and no longer than ``patience`` seconds for a store that does not let go of one."""
+        if self.tasks:
+            await asyncio.wait(self.tasks, timeout=patience)
+        for flight in tuple(self._state.flights.airborne):
+            self._state.flights.fail(flight, _closed(flight))
+
     async def _fly(self, flight: Flight) -> None:
         try:
             await self._bring(flight)
@@ -87,18 +101,16 @@ class Loader:
             if not _is_being_cancelled():
                 self._fail(flight, _store_error(flight.key, error))
                 return
-            closed = RegistryClosedError("The registry was closed while this model was loading.", model=flight.key)
-            self._state.flights.fail(flight, closed)
+            self._state.flights.fail(flight, _closed(flight))
             raise
         except DesertedError:
             pass
         except ModelCacheError as error:
             self._fail(flight, error)
-        except Exception as error:  # noqa: BLE001 - a store is anybody's code
+        except BaseException as error:  # a store is anybody's code
             self._fail(flight, _store_error(flight.key, error))
-        except BaseException as error:
-            self._fail(flight, _store_error(flight.key, error))
-            raise
+            if isinstance(error, _MEANT_FOR_ALL):
+                raise
 
     def _fail(self, flight: Flight, error: ModelCacheError) -> None:
         if error.model is None:
@@ -199,8 +211,8 @@ async def _let_go(artifact: Artifact) -> None:
     try:
         async with asyncio.timeout(_ACLOSE_TIMEOUT):
             await aclose()
-    except (Exception, asyncio.CancelledError) as error:
-        if _is_being_cancelled():
+    except BaseException as error:
+        if _is_being_cancelled() or isinstance(error, _MEANT_FOR_ALL):
             raise
         logger.warning("the store failed to close an artifact: %s: %s", type(error).__name__, error)
 
@@ -215,6 +227,10 @@ def _store_error(key: str, error: BaseException) -> StoreError:
     wrapped = StoreError(f"The store failed: {type(error).__name__}: {error}.", model=key)
     wrapped.__cause__ = error
     return wrapped
+
+
+def _closed(flight: Flight) -> RegistryClosedError:
+    return RegistryClosedError("The registry was closed while this model was loading.", model=flight.key)
 
 
 def _crashed(key: str, lost: WorkerLostError) -> WorkerCrashedError:

@@ -172,13 +172,12 @@ class ModelRegistry:
             await self._store.close()
 
     async def _ground_flights(self) -> None:
-        """Cancel all loads; a store that does not let go of one is not waited for for ever."""
-        for flight in self._state.flights.airborne:
-            flight.task.cancel()
+        """End all loads, and let nobody wait for one any more."""
+        self._loader.cancel()
         self._groups.close()
-        tasks = {*self._loader.tasks, *self._background}
-        if tasks:
-            await asyncio.wait(tasks, timeout=_STORE_PATIENCE)
+        await self._loader.ended(_STORE_PATIENCE)
+        if self._background:
+            await asyncio.wait(self._background)
 
     async def __aenter__(self) -> Self:
         try:

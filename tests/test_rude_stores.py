@@ -127,12 +127,6 @@ def str_of(value: Any) -> str:
 # Letting go of an artifact
 
 TROUBLES = [None, OSError, Strange, asyncio.CancelledError]
-STRANGE_AT_LARGE = pytest.param(
-    Strange,
-    marks=pytest.mark.xfail(strict=True, reason="passes through the loader, as KeyboardInterrupt has to"),
-    id="Strange",
-)
-LET_GO = [None, OSError, STRANGE_AT_LARGE, asyncio.CancelledError]
 
 
 @pytest.mark.parametrize("trouble", TROUBLES, ids=str_of)
@@ -150,7 +144,7 @@ async def test_a_model_that_has_landed_is_served_whatever_becomes_of_its_artifac
             await assert_serves(registry, name)
 
 
-@pytest.mark.parametrize("trouble", LET_GO, ids=str_of)
+@pytest.mark.parametrize("trouble", TROUBLES, ids=str_of)
 async def test_a_load_that_has_landed_is_no_failure(
     make_registry: MakeRegistry, monkeypatch: pytest.MonkeyPatch, trouble: Kind | None
 ) -> None:
@@ -192,7 +186,7 @@ async def test_a_load_that_failed_is_told_whatever_becomes_of_its_artifact(
             await assert_serves(registry)
 
 
-@pytest.mark.parametrize("trouble", LET_GO, ids=str_of)
+@pytest.mark.parametrize("trouble", TROUBLES, ids=str_of)
 async def test_a_load_that_failed_says_what_failed(
     make_registry: MakeRegistry, monkeypatch: pytest.MonkeyPatch, trouble: Kind | None
 ) -> None:
@@ -222,7 +216,7 @@ async def test_whatever_a_store_raises_each_caller_gets_a_store_error(
     await all_loads_ended()
 
 
-@pytest.mark.parametrize("trouble", [OSError, STRANGE_AT_LARGE, asyncio.CancelledError], ids=str_of)
+@pytest.mark.parametrize("trouble", TROUBLES[1:], ids=str_of)
 async def test_what_a_store_raises_is_told_to_its_callers_alone(make_registry: MakeRegistry, trouble: Kind) -> None:
     """F6: the event loop has nothing to complain of, such as an exception that nobody has retrieved."""
     complaints = listen_to_the_loop()
@@ -291,7 +285,6 @@ async def test_a_store_that_does_not_let_go_of_a_load_is_left_behind(
     oracle.check_gone(registry)
 
 
-@pytest.mark.xfail(strict=True, reason="close leaves the waiters of such a load waiting")
 async def test_who_waits_for_such_a_load_is_told_when_the_registry_closes(
     no_processes_left: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
