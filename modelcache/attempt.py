@@ -52,10 +52,6 @@ class NoRoomError(Exception):
         self.needed = needed
 
 
-class DesertedError(Exception):
-    """Nobody waits any more for a load that would have to queue for bytes."""
-
-
 class Attempt:
     """What one attempt knows and holds.
 
@@ -168,16 +164,18 @@ class Attempt:
         promise: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         flight.claim, retired = ledger.claim(flight.key, flight.needed, promise)
         self._state.retire(retired)
-        if not promise.done() and not self._state.flights.starve(flight):
-            raise DesertedError
+        if not promise.done():
+            self._state.flights.wait(flight, Phase.STARVED)
         return await self._wait_for(promise)
 
     async def _grow(self, bounds: Bounds) -> None:
-        """Enlarge the claim to the upper bound, as far as the budget goes."""
+        """Enlarge the claim to the upper bound, as far as there is room beside what is pinned."""
         claim, ledger = self._flight.claim, self._state.ledger
         assert claim is not None
         self._check_fits(bounds.least)
-        size = min(bounds.most, ledger.budget)
+        if bounds.least > ledger.room:
+            raise NoRoomError(bounds.least)
+        size = min(bounds.most, ledger.room)
         if size > claim.bytes:
             promise: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
             self._state.retire(ledger.grow(claim, size, promise))

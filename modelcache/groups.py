@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from modelcache.cache.flight import RegroupError
 from modelcache.cache.sizes import Bounds
-from modelcache.errors import ModelTooLargeError, RegistryClosedError
+from modelcache.errors import LoadTimeoutError, ModelTooLargeError, RegistryClosedError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import AsyncIterator, Iterable, Sequence
 
     from modelcache.cache.claims import GroupClaim
     from modelcache.cache.entry import Entry
@@ -42,14 +43,15 @@ class Groups:
 
     async def take(self, names: Sequence[str]) -> list[Entry[Resident]]:
         """Lease ``names``, a lease for each, loading what is not resident; all or none."""
-        outgrown: dict[str, int] = {}
+        deadline = asyncio.get_running_loop().time() + self._loader.timeout
         while True:
+            self._life.check()
             if all(self._leasing.find(name) for name in names):  # hits never wait behind loads
                 return [entry for name in names if (entry := self._leasing.take_resident(name))]
             try:
-                return await self._form(names, outgrown)
+                return await self._form(names, deadline)
             except RegroupError as error:
-                outgrown[error.key] = error.needed
+                await self._find_size_by_loading(error.key, deadline)
 
     def close(self) -> None:
         """Let none wait any more; the tasks of all loads have been cancelled."""
@@ -58,17 +60,33 @@ class Groups:
             if not waiter.done():
                 waiter.set_exception(RegistryClosedError("The registry was closed while a group waited for bytes."))
 
-    async def _form(self, names: Sequence[str], outgrown: dict[str, int]) -> list[Entry[Resident]]:
-        deadline = asyncio.get_running_loop().time() + self._loader.timeout
-        found = dict(await self._scout_all(dict.fromkeys(names)))
-        bounds = {key: Bounds(known.least, max(known.most, outgrown.get(key, 0))) for key, known in found.values()}
-        group = await self._claim(bounds, deadline)
+    async def _form(self, names: Sequence[str], deadline: float) -> list[Entry[Resident]]:
+        async with self._limit(names, deadline):
+            found = dict(await self._scout_all(dict.fromkeys(names)))
+        group = await self._claim(dict(found.values()), deadline)
         entries = await self._board(group)
         taken = [entries[found[name][0]] for name in names]
-        for entry, count in Counter(taken).items():
-            for _ in range(count - 1):
-                self._state.ledger.lease(entry)
+        for entry in (Counter(taken) - Counter(entries.values())).elements():  # of names that come twice
+            self._state.ledger.lease(entry)
         return taken
+
+    async def _find_size_by_loading(self, name: str, deadline: float) -> None:
+        """What was found out about ``name`` was too little: load it alone, while the group holds nothing."""
+        async with self._limit((name,), deadline):
+            self._leasing.release(await self._leasing.take(name))
+
+    @asynccontextmanager
+    async def _limit(self, names: Iterable[str], deadline: float) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout_at(deadline) as limit:
+                yield
+        except TimeoutError as error:
+            if not limit.expired():
+                raise  # a load's own
+            raise LoadTimeoutError(
+                f"What {', '.join(names)} take together could not be found out within {self._loader.timeout:g} s "
+                "(load_timeout): preload() them, or hold fewer at once."
+            ) from error
 
     # What the models take
 

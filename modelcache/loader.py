@@ -12,8 +12,8 @@ import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from modelcache.attempt import Attempt, DesertedError, NoRoomError, OutgrownError
-from modelcache.cache.flight import Phase
+from modelcache.attempt import Attempt, NoRoomError, OutgrownError
+from modelcache.cache.flight import DesertedError, Phase
 from modelcache.errors import (
     BudgetTimeoutError,
     LoadTimeoutError,
@@ -26,6 +26,7 @@ from modelcache.errors import (
 )
 from modelcache.pool.lost import WorkerLostError
 from modelcache.quarantine import CRASHES_FORGIVEN, Quarantine
+from modelcache.slots import Slots
 from modelcache.stores.base import Artifact
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class Loader:
         self._state = state
         self._store = store
         self._pool = pool
-        self._slots = asyncio.Semaphore(concurrency)
+        self._slots = Slots(concurrency, state.flights)
         self.timeout = timeout
         self.quarantine = Quarantine()
         self.tasks: set[asyncio.Task[None]] = set()
@@ -79,6 +80,7 @@ class Loader:
             self._state.retire(ledger.give_back(part))
             return
         flight.reserve = part
+        self._slots.exempt(flight)
         if flight.claim is not None:
             self._state.retire(ledger.refuse(flight.claim))
 
@@ -128,7 +130,7 @@ class Loader:
         deadline = 0.0
         while True:
             try:
-                async with self._slots:
+                async with self._slots.slot(flight):
                     deadline = deadline or asyncio.get_running_loop().time() + self.timeout
                     return await self._attempt_by(deadline, flight, needed)
             except OutgrownError as outgrown:
@@ -152,8 +154,7 @@ class Loader:
     async def _park(self, flight: Flight, needed: int, deadline: float) -> None:
         """Wait, with nothing in hand, until pins leave room for ``needed`` bytes."""
         flight.needed = needed
-        if not self._state.flights.starve(flight):
-            raise DesertedError
+        self._state.flights.wait(flight, Phase.STARVED)
         ledger = self._state.ledger
         promise: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         ledger.wait_for_room(needed, promise)

@@ -87,6 +87,20 @@ async def pending(registry: ModelRegistry, *names: str) -> AsyncIterator[asyncio
     yield task
 
 
+class Sizeless(GatedStore):
+    """Announces no sizes, and delivers in small pieces."""
+
+    async def fetch(self, name: str, *, if_version: str | None = None) -> Any:
+        artifact = await super().fetch(name, if_version=if_version)
+        return Artifact(version="1", size=None, suffix=".ubj", chunks=small_chunks(artifact))
+
+
+async def small_chunks(artifact: Any) -> AsyncIterator[bytes]:
+    async for chunk in artifact.chunks:
+        for start in range(0, len(chunk), 4096):
+            yield chunk[start : start + 4096]
+
+
 # All
 
 
@@ -361,24 +375,47 @@ async def test_a_group_can_be_cancelled_in_the_tick_of_its_grant(make_registry: 
             await group
 
 
-async def test_bytes_granted_for_a_load_that_never_begins_are_given_back(make_registry: MakeRegistry) -> None:
-    """L1: its group is cancelled while the load still waits for a slot."""
+async def test_bytes_granted_for_a_load_that_fails_are_given_back(make_registry: MakeRegistry) -> None:
+    """L1: the store fails before they are claimed, or the group is cancelled by then."""
     store = GatedStore(ARTIFACTS)
     store.open(*FLEET)
-    registry = await make_registry(store, load_concurrency=1)
+    registry = await make_registry(store, failure_ttl=0)
     await with_room_for(registry, "m0", "m1")
-    store.shut("m5")
     async with registry.acquire("m1"), pending(registry, "m0", "m2") as group:
-        holds_the_slot = asyncio.create_task(registry.predict("m5", ROWS))
-        await settle()
+        store.shut("m2")
         registry.resize("64 MiB")
         await settle()
         assert registry.stats().bytes_reserved > 0
-        group.cancel()
+        store.fail("m2", ConnectionError("gone"))
+        with pytest.raises(StoreError, match="gone"):
+            await group
+        while registry._state.flights.airborne:  # the other one, which goes on
+            await asyncio.sleep(0)
         await settle()
         assert registry.stats().bytes_reserved == 0
-        store.open("m5")
-        await holds_the_slot
+
+
+@pytest.mark.parametrize("joined", [True, False], ids=["load in line", "new load"])
+async def test_loads_of_a_group_need_no_slot(make_registry: MakeRegistry, joined: bool) -> None:
+    """L2: all slots are held by loads that wait for what the group has leased; they go on when it has been served."""
+    store = GatedStore(ARTIFACTS)
+    store.open(*FLEET)
+    registry = await make_registry(store, load_concurrency=1)
+    sizes = await with_room_for(registry, "m0", "m1")
+    await registry.load("m0")
+    async with registry.acquire("m1"), pending(registry, "m0", "m2") as group:
+        store.shut("m3")
+        slow = asyncio.create_task(registry.predict("m3", ROWS))  # has the slot
+        await settle()
+        call = asyncio.create_task(registry.predict("m2", ROWS)) if joined else None
+        await settle()
+        registry.resize(registry.stats().budget + sizes["m2"])
+        await group
+        if call is not None:
+            assert np.array_equal(await call, FLEET["m2"].expected(ROWS))
+        assert not slow.done()
+    store.open("m3")
+    await slow
 
 
 async def test_a_load_that_queues_takes_the_bytes_of_its_group(make_registry: MakeRegistry) -> None:
@@ -413,11 +450,6 @@ async def test_a_model_of_unknown_size_may_outgrow_its_share(
     kinds = {name: zoo.model(seed=seed, trees=200) for seed, name in enumerate(("a", "b", "c"))}
     monkeypatch.setattr("test_groups.FLEET", kinds)
 
-    class Sizeless(GatedStore):
-        async def fetch(self, name: str, *, if_version: str | None = None) -> Any:
-            artifact = await super().fetch(name, if_version=if_version)
-            return Artifact(version="1", size=None, suffix=".ubj", chunks=small_chunks(artifact))
-
     store = Sizeless({f"{name}.ubj": model.ubj for name, model in kinds.items()})
     store.open(*kinds)
     registry = await make_registry(store)
@@ -426,19 +458,13 @@ async def test_a_model_of_unknown_size_may_outgrow_its_share(
         registry.resize(2 * size + size // 2)
         async with pending(registry, "a", "b") as group:
             rounds, asked = 0, 0
-            while registry._state.flights.airborne or len(store.fetches) > asked:
+            while len(store.fetches) > asked:
                 rounds, asked = rounds + 1, len(store.fetches)
                 await settle(500)
                 assert rounds < 50, "it goes on asking"
             assert registry._state.ledger.leases == 1
         registry.resize("64 MiB")
         await group
-
-
-async def small_chunks(artifact: Any) -> AsyncIterator[bytes]:
-    async for chunk in artifact.chunks:
-        for start in range(0, len(chunk), 4096):
-            yield chunk[start : start + 4096]
 
 
 async def test_a_group_that_is_cancelled_asks_the_store_no_more(make_registry: MakeRegistry) -> None:
@@ -474,7 +500,7 @@ async def test_a_version_that_is_known_to_be_larger_is_not_begun_with_too_little
             registry.resize(registry.stats().budget + size // 2)
             while registry._state.flights.airborne or not registry._state.ledger.queue:
                 await asyncio.sleep(0)
-            assert registry._pool.next_number() == begun + 1
+            assert registry._pool.next_number() == begun + 2, "it was loaded once, alone"
             assert registry._state.ledger.leases == 1
             group.cancel()
     assert held < size
@@ -603,3 +629,44 @@ async def test_without_retention_a_group_stays_for_its_block(make_registry: Make
     while registry.stats().bytes_unloading:
         await asyncio.sleep(0)
     assert resident(registry) == []
+
+
+@pytest.mark.parametrize("factor", [0.8, 1.05, 1.2, 1.5])
+async def test_a_group_of_unknown_sizes_is_decided(make_registry: MakeRegistry, factor: float) -> None:
+    """L3, L6: beside nobody else, it is held if it fits, and refused if it does not; it does not ask for ever."""
+    kinds = {name: zoo.model(seed=seed, trees=200) for seed, name in enumerate(("a", "b"))}
+    store = Sizeless({f"{name}.ubj": model.ubj for name, model in kinds.items()})
+    store.open(*kinds)
+    registry = await make_registry(store, load_timeout=20)
+    sizes = [(await registry.load(name)).size_bytes for name in kinds]
+    for name in kinds:
+        await registry.unload(name)
+    registry._state.sizes._known.clear()
+    registry.resize(int(sum(sizes) * factor))
+    asked = len(store.fetches)
+    if factor > 1:
+        async with registry.acquire_many(["a", "b"]) as leases:
+            for lease in leases:
+                assert np.array_equal(await lease.predict(ROWS), kinds[lease.name].expected(ROWS))
+    else:
+        with pytest.raises(ModelTooLargeError):
+            async with registry.acquire_many(["a", "b"]):
+                raise AssertionError("unreachable")
+    assert len(store.fetches) - asked < 30
+
+
+@pytest.mark.parametrize("factor", [1.1, 1.5])
+async def test_a_load_of_unknown_size_beside_a_pin_is_decided(make_registry: MakeRegistry, factor: float) -> None:
+    """L6: it grows as far as there is room, and not as far as the budget goes."""
+    kinds = {name: zoo.model(seed=seed, trees=200) for seed, name in enumerate(("pinned", "a"))}
+    store = Sizeless({f"{name}.ubj": model.ubj for name, model in kinds.items()})
+    store.open(*kinds)
+    registry = await make_registry(store, load_timeout=20)
+    size = (await registry.load("a")).size_bytes
+    await registry.unload("a")
+    registry._state.sizes._known.clear()
+    pinned = (await registry.pin("pinned")).size_bytes
+    registry.resize(pinned + int(size * factor))
+    asked = len(store.fetches)
+    assert np.array_equal(await registry.predict("a", ROWS), kinds["a"].expected(ROWS))
+    assert len(store.fetches) - asked < 10

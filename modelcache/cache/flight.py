@@ -45,6 +45,10 @@ class RegroupError(Exception):
         self.needed = needed
 
 
+class DesertedError(Exception):
+    """Nobody waits any more for a load that has not begun, or would have to queue again: it has ended."""
+
+
 class Flight:
     """A load under way and those who wait for it."""
 
@@ -131,20 +135,19 @@ class Flights:
         for waiter in self.land(flight):
             waiter.set_exception(error.fresh())
 
-    def starve(self, flight: Flight) -> bool:
-        """A flight has to wait for bytes; False, and it has ended, if nobody waits for it any more.
+    def wait(self, flight: Flight, phase: Phase) -> None:
+        """A flight has to queue, for a slot or for bytes; it ends, with DesertedError, if nobody waits for it.
 
         Groups are sent away: they hold other models, and must not do so while this one queues.
         """
-        flight.phase = Phase.STARVED
+        flight.phase = phase
         for waiter in flight.group_waiters:
             if not waiter.done():
                 waiter.set_exception(RegroupError(flight.key, flight.needed))
         flight.group_waiters.clear()
-        if flight.live_waiters():
-            return True
-        self.end(flight)
-        return False
+        if not flight.live_waiters():
+            self.end(flight)
+            raise DesertedError
 
     def detach(self, key: str) -> Flight | None:
         """Let nobody join the flight of ``key`` any more, and keep what it loads out of the table."""

@@ -101,8 +101,9 @@ class Ledger:
         return claim, self._pump()
 
     def wait_for_room(self, size: int, waiter: Waiter) -> None:
-        """Give ``waiter`` True when there is room for ``size`` bytes, or the budget is smaller than that."""
+        """Give ``waiter`` True when there is room for ``size`` bytes, or the budget is smaller: now or later."""
         self.parked[waiter] = size
+        self._wake_parked()
 
     def refuse(self, claim: Claim) -> Retired:
         """Let a claim that is still queued go unsatisfied: its waiter gets False."""

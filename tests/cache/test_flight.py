@@ -10,7 +10,7 @@ import pytest
 
 import oracle
 from modelcache.cache.entry import Entry, State
-from modelcache.cache.flight import Flight, Flights, Phase, RegroupError
+from modelcache.cache.flight import DesertedError, Flight, Flights, Phase, RegroupError
 from modelcache.cache.ledger import Ledger
 from modelcache.cache.policies import LRUPolicy
 from modelcache.errors import CorruptArtifactError, LoadTimeoutError, StoreUnavailableError
@@ -296,7 +296,7 @@ def test_a_flight_that_starves_sends_groups_away(flights: Flights) -> None:
     flight = caller.flight
     flight.group_waiters.add(member.waiter)
     flight.needed = 70
-    assert flights.starve(flight)
+    flights.wait(flight, Phase.STARVED)
     error = member.waiter.exception(timeout=0)
     assert isinstance(error, RegroupError)
     assert (error.key, error.needed) == ("a", 70)
@@ -309,7 +309,8 @@ def test_a_flight_that_starves_with_nobody_left_has_ended(flights: Flights) -> N
     """F7, F9: in that very step, so that nobody joins it."""
     member = Caller(flights)
     member.flight.group_waiters.add(member.waiter)
-    assert not flights.starve(member.flight)
+    with pytest.raises(DesertedError):
+        flights.wait(member.flight, Phase.QUEUED)
     assert not flights.airborne
     assert not flights.by_key
     assert isinstance(member.waiter.exception(timeout=0), RegroupError)
@@ -320,7 +321,7 @@ def test_a_group_member_that_has_its_answer_is_left_alone(flights: Flights) -> N
     caller, member = Caller(flights), Caller(flights)
     member.flight.group_waiters.add(member.waiter)
     member.waiter.cancel()
-    assert flights.starve(caller.flight)
+    flights.wait(caller.flight, Phase.STARVED)
     assert member.waiter.cancelled()
 
 

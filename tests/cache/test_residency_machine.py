@@ -24,7 +24,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 import oracle
 from modelcache.cache.claims import Claim, GroupClaim
 from modelcache.cache.entry import Entry, State
-from modelcache.cache.flight import Flight, Flights, Phase, RegroupError
+from modelcache.cache.flight import DesertedError, Flight, Flights, Phase, RegroupError
 from modelcache.cache.ledger import Ledger
 from modelcache.cache.policies import CachetoolsPolicy, Evictable, GDSFPolicy, LRUPolicy, S3FIFOPolicy
 from modelcache.errors import (
@@ -608,7 +608,9 @@ class ResidencyMachine(RuleBasedStateMachine):
             self.ledger.wait_for_room(load.least, load.promise)
 
     def starve(self, load: Load) -> None:
-        if not self.flights.starve(load.flight):  # nobody waits for a load that would have to queue
+        try:
+            self.flights.wait(load.flight, Phase.STARVED)
+        except DesertedError:
             self.give_up(load)
             self.end(load)
 
