@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from math import isnan
 from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,8 @@ class Call:
             self.output = _OUTPUT_CODES[output]
         except (KeyError, TypeError):
             raise InvalidInputError(f"output is {output!r}: it has to be one of {', '.join(OUTPUTS)}.") from None
+        if timeout is not None and (not isinstance(timeout, int | float) or isnan(timeout)):
+            raise InvalidInputError(f"timeout is {timeout!r}: it has to be a number of seconds, or None.")
         self.deadline = 0.0 if timeout is None else monotonic() + timeout
         self.queue_limit = queue_limit
         self.lost: Epitaph | None = None

@@ -157,8 +157,12 @@ class ModelRegistry:
         self._closing.result()
 
     async def _close(self, drain: float) -> None:
-        if self._starting is not None:
-            await asyncio.wait((self._starting,))
+        starting = self._starting
+        if starting is not None and not starting.done():
+            self._pool.stop_starting()
+            await asyncio.wait((starting,))
+            if not starting.cancelled():
+                starting.exception()  # told to those who wait for it, if there is anybody
         await self._ground_flights()
         await self._leasing.drained(drain)
         ledger = self._state.ledger
@@ -168,8 +172,13 @@ class ModelRegistry:
         if leaving:
             await asyncio.wait(leaving, timeout=_UNLOAD_PATIENCE)
         await self._pool.close()
-        async with asyncio.timeout(_STORE_PATIENCE):
-            await self._store.close()
+        try:
+            async with asyncio.timeout(_STORE_PATIENCE) as limit:
+                await self._store.close()
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise StoreError(f"{self._store!r} did not close within {_STORE_PATIENCE:g} s.") from error
 
     async def _ground_flights(self) -> None:
         """End all loads, and let nobody wait for one any more."""
@@ -246,7 +255,7 @@ class ModelRegistry:
 
         All or none: nothing is held, and nothing evicted, before there is room for all of them. ModelTooLargeError if
         they can never fit together; BudgetTimeoutError if leases and pins of others leave no room for them within
-        ``load_timeout``. Models that were never loaded are asked for twice: for their sizes first.
+        ``load_timeout``. The store is asked twice for models that are not resident: for their sizes first.
         """
         if isinstance(names, str):
             raise TypeError(

@@ -223,6 +223,17 @@ BAD_ARTIFACTS: dict[str, tuple[bytes, type[ModelCacheError], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("timeout", ["1", float("nan"), [1]])
+async def test_a_timeout_that_is_no_number(make_registry: MakeRegistry, timeout: Any) -> None:
+    """Refused before anything is loaded; a time that is over already is a timeout like any other."""
+    registry = await make_registry(MemoryStore({"m.ubj": MODEL.ubj}))
+    with pytest.raises(InvalidInputError, match=r"timeout is .*: it has to be a number of seconds, or None"):
+        await registry.predict("m", ROWS, timeout=timeout)
+    assert registry.stats().requests == 0
+    with pytest.raises(TimeoutError):
+        await registry.predict("m", ROWS, timeout=-1)
+
+
 @pytest.mark.parametrize("suffix", [".tar.gz", ".ubj", ".json"])
 async def test_bad_artifacts(make_registry: MakeRegistry, suffix: str) -> None:
     """A1, A2: whatever the suffix promises, bytes that are no model get a typed error with the model's name."""

@@ -22,6 +22,7 @@ from modelcache import (
     RegistryClosedError,
     StoreError,
 )
+from modelcache.pool.pool import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -251,6 +252,37 @@ async def test_a_store_that_hangs_does_not_hold_up_close(
     oracle.check_gone(registry)
 
 
+async def test_close_does_not_wait_for_a_worker_that_does_not_come_up(
+    no_processes_left: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F11: a predictor's import may take for ever, when the registry starts or when a worker is replaced."""
+    reached = asyncio.Event()
+
+    greet = Worker._greet
+
+    async def wait_in_vain(worker: Worker) -> None:
+        reached.set()
+        worker.hello = asyncio.get_running_loop().create_future()
+        await greet(worker)
+
+    registry = await ModelRegistry(Rude(), workers=1, memory_budget="64 MiB").start()
+    monkeypatch.setattr(Worker, "_greet", wait_in_vain)
+    registry._pool.workers[0].process.kill()
+    await reached.wait()
+    async with asyncio.timeout(LONG):
+        await registry.close()
+    oracle.check_gone(registry)
+    reached.clear()
+    registry = ModelRegistry(Rude(), workers=2, memory_budget="64 MiB")
+    starting = asyncio.create_task(registry.start())
+    await reached.wait()
+    async with asyncio.timeout(LONG):
+        await registry.close()
+        with pytest.raises(RegistryClosedError):
+            await starting
+    oracle.check_gone(registry)
+
+
 class Stubborn(Rude):
     """Does not let itself be cancelled; ``freed`` ends it."""
 
@@ -316,7 +348,7 @@ async def test_a_store_that_cannot_be_closed_is_closed_last(
     registry = await ModelRegistry(Rude(close=trouble), workers=1, memory_budget="64 MiB").start()
     await registry.load("good")
     async with asyncio.timeout(LONG) as limit:
-        with suppress(OSError, Strange, TimeoutError, asyncio.CancelledError, ModelCacheError):
+        with suppress(OSError, Strange, asyncio.CancelledError, ModelCacheError):
             await registry.close()
     assert not limit.expired()
     await settle()

@@ -55,6 +55,7 @@ class Worker:
         self.requests: RequestChannel
         """The lane of rows and predictions."""
         self._lanes = Lanes()
+        self._given_up = False
         self._unloaded = unloaded
         self._unloading: dict[int, float] = {}
         self._ping: asyncio.Future[Any] | None = None
@@ -72,13 +73,23 @@ class Worker:
         )
         self.requests = self.process.requests
         try:
+            if self._given_up:
+                self.close()
             await self._greet()
         except BaseException:
             await self.bury()
             raise
 
+    def give_up_starting(self) -> None:
+        """Let a start that is under way fail soon; harmless when the worker is up."""
+        self._given_up = True
+        if hasattr(self, "process") and not self.hello.done():
+            self.close()
+
     async def _greet(self) -> None:
         await asyncio.wait((self.hello, self.ended), timeout=_START_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
+        if not self.hello.done() and self._given_up:
+            raise RegistryClosedError("The registry was closed while its workers were starting.")
         if not self.hello.done():
             raise WorkerCrashedError(f"A worker could not be started: {await self.bury()}.", pid=self.pid)
         hello = self.hello.result()
@@ -237,6 +248,12 @@ class Pool:
         self._decided.set()
         self._check()
 
+    def stop_starting(self) -> None:
+        """Let workers that are not up yet end; a start may take as long as the predictor's import does."""
+        self._closing.set()
+        for worker in tuple(self._every):
+            worker.give_up_starting()
+
     async def place(self) -> Worker:
         """Return the worker with the fewest bytes, waiting for one to come up if none is."""
         while not (up := self._up()):
@@ -254,7 +271,7 @@ class Pool:
 
     async def close(self) -> None:
         """End all workers and wait until they have ended."""
-        self._closing.set()
+        self.stop_starting()
         if self._checking is not None:
             self._checking.cancel()
         for worker in self.workers:
