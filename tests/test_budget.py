@@ -6,7 +6,7 @@ import asyncio
 import logging
 import re
 import signal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
@@ -22,6 +22,7 @@ from modelcache import (
     ModelEvicted,
     ModelLoaded,
     ModelTooLargeError,
+    RegistryClosedError,
 )
 from modelcache.cache.sizes import Bounds
 
@@ -351,27 +352,64 @@ async def shrink_below(registry: ModelRegistry) -> None:
     registry.resize(registry.stats().bytes_resident + 1)
 
 
+class Outgrowing:
+    """A load whose claim has to grow, and waits for the bytes of a model that its stopped worker does not free."""
+
+    def __init__(self, registry: ModelRegistry, name: str, call: asyncio.Task[Any], stopped: int) -> None:
+        self.registry = registry
+        self.name = name
+        self.call = call
+        self.stopped = psutil.Process(stopped)
+        (self.worker,) = (worker for worker in registry._pool.workers if worker.pid != stopped)
+
+    @classmethod
+    async def start(cls, registry: ModelRegistry) -> Outgrowing:
+        sizes = {name: (await registry.load(name)).size_bytes for name in FLEET}
+        small, *_, large = sorted(FLEET, key=lambda name: sizes[name])
+        late = next(name for name in FLEET if name not in (small, large))
+        await shrink_to(registry, small, large)
+        (its_worker,) = (await registry.load(large)).workers
+        (other_worker,) = (await registry.load(small)).workers
+        assert its_worker != other_worker
+        registry._state.sizes._known.clear()
+        registry._state.sizes.bounds = lambda unpacked, suffix: Bounds(0, unpacked // 2)  # type: ignore[method-assign]
+        psutil.Process(its_worker).suspend()
+        call = asyncio.create_task(registry.predict(late, ROWS))
+        while not registry.stats().bytes_unloading:  # it has loaded, and takes more than was reserved
+            await asyncio.sleep(0)
+        return cls(registry, late, call, its_worker)
+
+
 async def test_nothing_lands_in_a_worker_that_has_ended(make_registry: MakeRegistry) -> None:
     """L6, P1: a model whose worker dies while its claim still has to grow is loaded anew, not given out dead."""
     registry = await make_registry(fleet_store(), workers=2, policy="lru")
-    sizes = {name: (await registry.load(name)).size_bytes for name in FLEET}
-    small, *_, large = sorted(FLEET, key=lambda name: sizes[name])
-    late = next(name for name in FLEET if name not in (small, large))
-    await shrink_to(registry, small, large)
-    (its_worker,) = (await registry.load(large)).workers
-    (other_worker,) = (await registry.load(small)).workers
-    assert its_worker != other_worker
-    registry._state.sizes._known.clear()
-    registry._state.sizes.bounds = lambda unpacked, suffix: Bounds(0, unpacked // 2)  # type: ignore[method-assign]
-    psutil.Process(its_worker).suspend()
-    call = asyncio.create_task(registry.predict(late, ROWS))
-    while not registry.stats().bytes_unloading:  # it has loaded, and takes more than was reserved
-        await asyncio.sleep(0)
-    psutil.Process(other_worker).kill()
+    load = await Outgrowing.start(registry)
+    psutil.Process(load.worker.pid).kill()
     while not registry.stats().worker_restarts:
         await asyncio.sleep(0)
-    psutil.Process(its_worker).resume()
-    assert np.array_equal(await call, FLEET[late].expected(ROWS))
+    load.stopped.resume()
+    async with asyncio.timeout(20):
+        assert np.array_equal(await load.call, FLEET[load.name].expected(ROWS))
+
+
+async def test_a_claim_that_grows_as_its_load_is_cancelled_is_given_back_whole(make_registry: MakeRegistry) -> None:
+    """L5, L8: between the grant and the cancellation in the same tick, the load has not heard of the grant."""
+    registry = await make_registry(fleet_store(), workers=2, policy="lru")
+    load = await Outgrowing.start(registry)
+    (flight,) = registry._state.flights.airborne
+    reserved = registry.stats().bytes_reserved
+    registry.resize("64 MiB")
+    assert registry.stats().bytes_reserved > reserved, "the growth has been granted"
+    flight.task.cancel()
+    with pytest.raises(RegistryClosedError):
+        await load.call
+    load.stopped.resume()
+    for name in FLEET:
+        await registry.unload(name)
+    while registry.stats().bytes_unloading:
+        await asyncio.sleep(0)
+    assert [worker.charged for worker in registry._pool.workers] == [0, 0]
+    assert registry._state.ledger.charged == 0
 
 
 # For real
