@@ -416,7 +416,12 @@ async def test_a_claim_that_grows_as_its_load_is_cancelled_is_given_back_whole(m
 
 
 async def test_three_hundred_models_cycle_through_a_budget_for_thirty(make_registry: MakeRegistry) -> None:
-    """L1: measured bytes, the workers' heap and their resident set stay within the budget, whatever comes and goes."""
+    """L1: after each call, what the ledger counts is within the budget, to the byte, and is the models' sizes' sum.
+
+    After every ten, when nothing is loading, the workers' heap, without the arenas of their main threads, has grown by
+    0.9 to 1.05 of what the ledger counts, and their resident set by 1.25 of the budget at most. When all models have
+    been unloaded, a quarter of the budget at most is left of that.
+    """
     kinds = [zoo.model(trees=1000, seed=seed) for seed in range(3)]
     models = {f"m{index:03}": kinds[index % len(kinds)] for index in range(300)}
     store = MemoryStore({f"{name}.ubj": model.ubj for name, model in models.items()})
@@ -437,11 +442,10 @@ async def test_three_hundred_models_cycle_through_a_budget_for_thirty(make_regis
             stats = registry.stats()
             assert stats.bytes_resident + stats.bytes_reserved + stats.bytes_unloading <= budget
             assert stats.bytes_resident == sum(info.size_bytes for info in registry.loaded())
-        taken = await measured(registry) - heap
-        assert taken <= budget + 2 * largest, "beyond what one load of each worker works with"
+        taken = (await measured(registry) - heap) / registry.stats().bytes_resident
+        assert 0.9 <= taken <= 1.05, "the ledger counts what the heap has"
         highest = max(highest, resident_set(registry) - rss)
     assert len(registry.loaded()) >= 28
-    assert taken >= 0.9 * registry.stats().bytes_resident, "the ledger charges what the heap has"
     assert highest <= 1.25 * budget
     assert registry.stats().evictions["budget"] == len(models) - len(registry.loaded())
     registry.resize(1)
