@@ -77,11 +77,15 @@ class Loading:
         return self.result is not None or self.error is not None
 
     async def feed(self, chunk: bytes) -> None:
-        """Send the next bytes, as fast as the worker takes them."""
+        """Send the next bytes, as fast as the worker takes them.
+
+        Others have their turn after each frame: a store may have its chunks at hand and never wait for anything.
+        """
         view = memoryview(chunk)
         for start in range(0, max(len(view), 1), wire.PAYLOAD_LIMIT):
             self._channel.command(wire.CHUNK, self.model, 0, bytes(view[start : start + wire.PAYLOAD_LIMIT]))
             await self._channel.writable()
+            await asyncio.sleep(0)
 
     def finish(self) -> None:
         """Say that the artifact is complete."""

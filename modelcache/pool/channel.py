@@ -1,7 +1,8 @@
 """A lane as the parent sees it: an ``asyncio.Protocol`` that writes and reads frames.
 
 Writes are coalesced: the first frame of a loop tick goes out at once, for the sake of the lone caller, and what
-follows in the same tick leaves in one write at its end.
+follows in the same tick leaves in one write at its end. What is large does not wait that long: only what the transport
+holds counts towards back-pressure.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from struct import Struct
 
 _HIGH_WATER = 1 << 20
+_OUTBOX_LIMIT = 256 << 10
+"""Bytes that wait for the end of the tick at most: below the high-water mark, to which only written bytes count."""
 
 
 class Channel(asyncio.Protocol, ABC):
@@ -26,6 +29,7 @@ class Channel(asyncio.Protocol, ABC):
         self._loop = asyncio.get_running_loop()
         self._corked = False
         self._outbox: list[bytes] = []
+        self._outbox_bytes = 0
         self._partial = bytearray()
         self._wanted = header.size
         self._writable: asyncio.Future[None] | None = None
@@ -47,9 +51,12 @@ class Channel(asyncio.Protocol, ABC):
         self._lost()
 
     def send(self, frame: bytes) -> None:
-        """Write ``frame`` now or at the end of this tick, without waiting; in vain once the lane has ended."""
+        """Write ``frame`` at the latest at the end of this tick, without waiting; in vain once the lane has ended."""
         if self._corked:
             self._outbox.append(frame)
+            self._outbox_bytes += len(frame)
+            if self._outbox_bytes > _OUTBOX_LIMIT:
+                self._empty_outbox()
             return
         self.cork()
         self._write(frame)
@@ -63,8 +70,11 @@ class Channel(asyncio.Protocol, ABC):
     def _uncork(self) -> None:
         self._corked = False
         if self._outbox:
-            frames, self._outbox = self._outbox, []
-            self._write(b"".join(frames))
+            self._empty_outbox()
+
+    def _empty_outbox(self) -> None:
+        frames, self._outbox, self._outbox_bytes = self._outbox, [], 0
+        self._write(b"".join(frames))
 
     def _write(self, data: bytes) -> None:
         if not self._transport.is_closing():  # uvloop raises, asyncio warns

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from conftest import settle
 from lanes import FakeTransport
 from modelcache.pool import wire
-from modelcache.pool.channel import Channel
+from modelcache.pool.channel import _HIGH_WATER, _OUTBOX_LIMIT, Channel
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -152,7 +152,34 @@ async def test_an_empty_cork_writes_nothing(transport: FakeTransport) -> None:
     assert transport.writes == []
 
 
+@pytest.mark.parametrize("size", [100, 1000, _OUTBOX_LIMIT // 4, _OUTBOX_LIMIT, 3 * _OUTBOX_LIMIT])
+async def test_what_waits_for_the_end_of_the_tick_is_never_much(transport: FakeTransport, size: int) -> None:
+    """Beyond the mark it leaves at once, in order and in few writes."""
+    channel = Recorder()
+    channel.connection_made(transport)
+    frames = [bytes([number % 256]) * size for number in range(2 * _OUTBOX_LIMIT // size + 3)]
+    for number, frame in enumerate(frames, 1):
+        channel.send(frame)
+        assert number * size - sum(map(len, transport.writes)) <= _OUTBOX_LIMIT
+    await settle(1)
+    assert b"".join(transport.writes) == b"".join(frames)
+    assert len(transport.writes) <= min(len(frames), 4), "the first, two beyond the mark, and the rest"
+    channel.send(frames[0])
+    channel.send(frames[0][:1])
+    assert transport.writes[-1] == frames[0], "what has left counts no more"
+
+
 # Back-pressure
+
+
+async def test_a_lane_that_is_filled_within_one_tick_is_congested_at_once(pair: Pair) -> None:
+    """The sender need not let go of the loop to be told to wait."""
+    sent = 0
+    while not pair.channel.congested:
+        pair.channel.send(bytes(1 << 16))
+        sent += 1 << 16
+        assert sent < 8 * _HIGH_WATER
+    assert pair.channel._transport.get_write_buffer_size() <= _HIGH_WATER + 2 * _OUTBOX_LIMIT
 
 
 async def test_a_full_lane_makes_senders_wait_until_the_worker_reads(pair: Pair) -> None:
