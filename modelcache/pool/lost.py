@@ -17,6 +17,8 @@ class Epitaph:
     """As Python gives it: negative for a signal, None if it is not known."""
     last_words: str
     """The end of what it wrote to standard error."""
+    killed: str = ""
+    """Why modelcache killed it, if it did for a reason of its own."""
 
     @property
     def signal(self) -> int | None:
@@ -29,10 +31,17 @@ class Epitaph:
         return self.signal in _CRASHES if self.signal else bool(self.exit_code)
 
     def __str__(self) -> str:
-        how = f"was ended by {_name(self.signal)}" if self.signal else f"ended with exit code {self.exit_code}"
-        hint = " (the kernel's out-of-memory killer does that: see dmesg)" if self.signal == signal.SIGKILL else ""
         words = f"; its last words: {self.last_words}" if self.last_words else ""
-        return f"worker process {self.pid} {how}{hint}{words}"
+        return f"worker process {self.pid} {self._how()}{words}"
+
+    def _how(self) -> str:
+        if not self.signal:
+            return f"ended with exit code {self.exit_code}"
+        if self.signal != signal.SIGKILL:  # it may have ended otherwise just before it was to be killed
+            return f"was ended by {_name(self.signal)}"
+        if self.killed:
+            return f"was killed by modelcache, since {self.killed}"
+        return "was ended by SIGKILL (the kernel's out-of-memory killer does that: see dmesg)"
 
 
 def _name(number: int) -> str:

@@ -91,6 +91,8 @@ class Worker:
         if not self.hello.done() and self._given_up:
             raise RegistryClosedError("The registry was closed while its workers were starting.")
         if not self.hello.done():
+            if self.alive:
+                self.process.kill(f"it was not up after {_START_TIMEOUT:.0f} seconds")
             raise WorkerCrashedError(f"A worker could not be started: {await self.bury()}.", pid=self.pid)
         hello = self.hello.result()
         if "kind" in hello:
@@ -150,7 +152,7 @@ class Worker:
         unload = next(iter(self._unloading.values()), now)
         if silent or (now - unload > patience and not self.process.artifacts.parsing()):
             logger.warning("worker process %d does not answer and is killed", self.pid)
-            self.process.kill()
+            self.process.kill("it gave no sign of life" if silent else "it did not free a model when told to")
 
     def close(self) -> None:
         """Close both lanes: the worker takes it as the order to leave."""
@@ -171,12 +173,12 @@ class Worker:
         if not patient:
             self.process.kill()
         if not await self.process.wait(_LEAVE_TIMEOUT):
-            self.process.kill()
+            self.process.kill("it did not leave when told to" if patient else "")
             await self.process.wait()
         return self._epitaph()
 
     def _epitaph(self) -> Epitaph:
-        return Epitaph(self.pid, self.process.exit_code, self.process.last_words)
+        return Epitaph(self.pid, self.process.exit_code, self.process.last_words, self.process.killed)
 
     def fail_all(self, epitaph: Epitaph) -> None:
         """Wake everyone who waits for the worker."""

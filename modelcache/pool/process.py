@@ -120,6 +120,8 @@ class Process:
         self._transport = transport
         self._listener = listener
         self._words = words
+        self.killed = ""
+        """Why it was killed, as far as a reason was given."""
 
     @property
     def pid(self) -> int:
@@ -145,9 +147,13 @@ class Process:
             return time.clock_gettime(~self.pid << 3 | 2)
         return 0.0
 
-    def kill(self) -> None:
-        """End it, if it has not ended by itself."""
+    def kill(self, reason: str = "") -> None:
+        """End it, if it has not ended by itself; the first ``reason`` counts.
+
+        None is given where it is on its way out: the signal may come too late to be what ended it.
+        """
         if self.exit_code is None:
+            self.killed = self.killed or reason
             # Not Popen.kill(): it polls first, and may take the exit code away from the loop that waits for it.
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)

@@ -33,6 +33,7 @@ from modelcache import (
     WorkerCrashedError,
     WorkerDied,
 )
+from modelcache.pool.lost import Epitaph
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -468,6 +469,47 @@ async def test_a_missed_deadline_finds_a_stopped_worker(scene: Scene) -> None:
     await restarted(scene.registry)
     assert [event.signal for event in died] == [signal.SIGKILL]
     assert (await scene.registry.predict("other", ROW)).tolist() == [42]
+
+
+async def test_a_worker_that_is_found_stuck_is_not_said_to_be_out_of_memory(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rule P2: who killed it, and why, is told to those who look for the cause; a kill from outside has another."""
+    send(scene.registry, signal.SIGKILL)
+    await restarted(scene.registry)
+    assert "was ended by SIGKILL (the kernel's out-of-memory killer does that: see dmesg)" in caplog.text
+    caplog.clear()
+    make_impatient(scene.registry)
+    pid = pid_of(scene.registry)
+    send(scene.registry, signal.SIGSTOP)
+    only_worker(scene.registry).suspect()
+    await restarted(scene.registry, 2)
+    assert f"worker process {pid} was killed by modelcache, since it gave no sign of life; it is" in caplog.text
+    assert "memory" not in caplog.text
+
+
+async def test_a_worker_that_does_not_come_up_is_said_to_be_killed_for_that(
+    make_registry: MakeRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is one that takes too long to start."""
+    monkeypatch.setattr("modelcache.pool.pool._START_TIMEOUT", 0.0)
+    with pytest.raises(WorkerCrashedError, match="was killed by modelcache, since it was not up after 0 seconds"):
+        await make_registry()
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "killed", "text"),
+    [
+        (-9, "it hung", "was killed by modelcache, since it hung"),
+        (-9, "", "was ended by SIGKILL (the kernel's out-of-memory killer does that: see dmesg)"),
+        (-11, "it hung", "was ended by SIGSEGV"),
+        (1, "it hung", "ended with exit code 1"),
+    ],
+)
+def test_the_cause_of_death_is_what_ended_it(exit_code: int, killed: str, text: str) -> None:
+    """A kill that came too late, or had no reason but to make sure, is no cause."""
+    assert str(Epitaph(7, exit_code, "", killed)) == f"worker process 7 {text}"
+    assert str(Epitaph(7, exit_code, "ouch", killed)) == f"worker process 7 {text}; its last words: ouch"
 
 
 async def test_a_load_into_a_stopped_worker_goes_to_the_next(scene: Scene) -> None:
