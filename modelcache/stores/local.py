@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 _CHUNK = 256 << 10
 _SUFFIXES_REMEMBERED = 100_000
-_NO_SUCH_FILE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP})
+_GONE = frozenset({errno.ENOENT, errno.ENOTDIR})
+_NO_SUCH_FILE = _GONE | frozenset({errno.ENAMETOOLONG, errno.ELOOP})
 
 
 class LocalStore:
@@ -108,6 +109,8 @@ class LocalStore:
                 with os.scandir(self.root / folder) as entries:
                     yield from self._list_files(folder, list(entries), folders)
             except OSError as error:
+                if folder and error.errno in _GONE:
+                    continue  # removed since the folder above it was listed, and its models with it
                 raise _store_error(error, str(error.filename)) from error
 
     def _list_files(self, folder: str, entries: list[os.DirEntry[str]], folders: list[str]) -> Iterator[str]:

@@ -264,6 +264,46 @@ async def test_listing_opens_no_artifact(tmp_path: Path, monkeypatch: pytest.Mon
     assert [name async for name in LocalStore(tmp_path).names()] == ["a", "b"]
 
 
+@pytest.mark.parametrize("becomes", ["nothing", "file"])
+async def test_a_folder_that_vanishes_during_the_listing_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, becomes: str
+) -> None:
+    """A tenant that is removed meanwhile does not cost the names of the others."""
+    for file in ("a.ubj", "tenant_a/b.ubj", "tenant_b/c.ubj", "tenant_c/d.ubj"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_bytes(b"one")
+    scandir = os.scandir
+
+    def replace_first(folder: Path) -> Any:
+        if folder == tmp_path / "tenant_b":
+            (folder / "c.ubj").unlink()
+            folder.rmdir()
+            if becomes == "file":
+                folder.write_bytes(b"one")
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", replace_first)
+    assert [name async for name in LocalStore(tmp_path).names()] == ["a", "tenant_a/b", "tenant_c/d"]
+
+
+async def test_a_listing_fails_if_the_root_vanishes_or_a_folder_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty or partial listing would be a wrong answer then."""
+    (tmp_path / "tenant").mkdir()
+    scandir = os.scandir
+    for broken, number in ((tmp_path, errno.ENOENT), (tmp_path / "tenant", errno.EIO)):
+
+        def fail(folder: Path, broken: Path = broken, number: int = number) -> Any:
+            if folder == broken:
+                raise OSError(number, os.strerror(number), str(folder))
+            return scandir(folder)
+
+        monkeypatch.setattr(os, "scandir", fail)
+        with pytest.raises(StoreUnavailableError, match=f"Reading {broken} failed"):
+            _ = [name async for name in LocalStore(tmp_path).names()]
+
+
 async def test_what_a_user_may_write_for_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A path, a string, a file URL with escapes and a home directory all mean the same folder."""
     folder = tmp_path / "my models"
