@@ -300,7 +300,7 @@ class Attempt:
         """Give back what it took; bytes that a worker may hold, only when it has freed them."""
         state, flight, worker, loading = self._state, self._flight, self._worker, self._loading
         claim = flight.claim
-        in_worker = worker is not None and loading is not None and loading.error is None and worker.alive
+        in_worker = worker is not None and loading is not None and loading.error is None and not worker.gone
         if worker is not None and loading is not None and in_worker:
             worker.forget_load(loading)
             if claim is not None and claim.granted:

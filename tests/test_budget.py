@@ -24,11 +24,14 @@ from modelcache import (
     ModelTooLargeError,
     RegistryClosedError,
 )
+from modelcache.attempt import Attempt
 from modelcache.cache.sizes import Bounds
+from modelcache.pool.pool import Worker
 
 if TYPE_CHECKING:
     from conftest import MakeRegistry
     from modelcache import Event, ModelRegistry
+    from modelcache.pool.lost import Epitaph
 
 ROWS = zoo.rows(2)
 FLEET = {f"m{index}": zoo.model(seed=index, trees=20) for index in range(8)}
@@ -410,6 +413,38 @@ async def test_a_claim_that_grows_as_its_load_is_cancelled_is_given_back_whole(m
         await asyncio.sleep(0)
     assert [worker.charged for worker in registry._pool.workers] == [0, 0]
     assert registry._state.ledger.charged == 0
+
+
+async def test_bytes_in_a_dying_worker_are_charged_until_it_has_ended(
+    make_registry: MakeRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """L5: a load notices that the lanes are closed before the process has been seen to end."""
+    registry = await make_registry(fleet_store(), workers=2)
+    buried = asyncio.Event()
+    bury = Worker.bury
+
+    async def bury_late(worker: Worker, *, patient: bool = False) -> Epitaph:
+        await buried.wait()
+        return await bury(worker, patient=patient)
+
+    monkeypatch.setattr(Worker, "bury", bury_late)
+    land = Attempt._grow
+
+    async def die_and_grow(attempt: Attempt, bounds: Bounds) -> None:
+        if attempt._loading is not None and attempt._loading.result is not None and not died:
+            assert attempt._worker is not None
+            died.append(attempt._worker)
+            attempt._worker.process.kill()
+            await attempt._worker.ended
+        await land(attempt, bounds)
+
+    died: list[Worker] = []
+    monkeypatch.setattr(Attempt, "_grow", die_and_grow)
+    assert np.array_equal(await registry.predict("m0", ROWS), FLEET["m0"].expected(ROWS))
+    assert registry.stats().bytes_unloading > 0
+    buried.set()
+    while registry.stats().bytes_unloading:
+        await asyncio.sleep(0)
 
 
 # For real

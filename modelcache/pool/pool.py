@@ -51,6 +51,8 @@ class Worker:
         """Bytes of those, and of loads on their way; placement goes by it."""
         self.latency = Histogram()
         self.exact_heap = True
+        self.gone = False
+        """True once its process has ended, and what it held is free."""
         self.process: Process
         self.requests: RequestChannel
         """The lane of rows and predictions."""
@@ -314,6 +316,7 @@ class Pool:
             self.workers.remove(worker)
             if not self._closing.is_set():
                 logger.warning("%s; it is replaced", epitaph)
+            worker.gone = True
             self._lost(worker, epitaph)
             worker.fail_all(epitaph)
             if self._closing.is_set():
