@@ -262,9 +262,9 @@ class Attempt:
         """Grow the claim if the worker has asked for it."""
         loading = self._loading
         if loading is not None and loading.needed and not loading.decided:
-            unpacked = loading.needed
-            await self._grow(self._bounds(unpacked))
-            self._grant(unpacked)
+            needed, asked = loading.needed, loading.asked
+            await self._grow(Bounds(self._bounds(needed).least, self._bounds(asked).most))
+            self._grant(needed)
 
     def _elapsed(self) -> float:
         return time.perf_counter() - self._started - self._queued

@@ -63,7 +63,9 @@ class Loading:
         self._channel = channel
         self.model = model
         self.needed = 0
-        """Unpacked bytes that the worker asks a larger reservation for; 0 when it asks for none."""
+        """Unpacked bytes that the artifact has at least, beyond what is reserved; 0 when that is enough."""
+        self.asked = 0
+        """Unpacked bytes that the worker would have reserved for it."""
         self.parsing = False
         self.blame = 0.0
         """Its share in a crash of the worker, set when there has been one."""
@@ -189,7 +191,7 @@ class ArtifactChannel(Channel):
             loading.parsing = True
             return
         if kind == wire.NEED:
-            loading.needed = number
+            loading.needed, loading.asked = number, json.loads(payload)["asked"]
         elif kind == wire.LOADED:
             loading.result = LoadedFacts.from_frame(number, payload)
         elif kind == wire.FAILED:

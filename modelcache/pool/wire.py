@@ -25,7 +25,8 @@ Every header starts with the payload's length, then the kind of the frame:
 
     HELLO    pid                 the worker is up; payload: JSON with exact_heap, or with kind ("missing", "fault") and
                                  message of why it cannot serve
-    NEED     model, bytes        unpacked, this artifact takes more than `allowed`; waits for GRANT or UNLOAD
+    NEED     model, bytes        unpacked, this artifact takes so many at least, more than `allowed`; waits for GRANT
+                                 or UNLOAD; payload: JSON with `asked`, more than that if it may still be growing
     STARTED  model               the parser begins: if the worker dies now, this artifact did it
     LOADED   model, bytes        measured heap; payload: JSON with what the model says of itself
     FAILED   model               payload: JSON with kind, message and facts

@@ -77,14 +77,18 @@ class _Arriving:
 
     @property
     def short_of(self) -> int:
-        """The unpacked bytes to ask for, 0 if the reservation covers what is known so far."""
+        """The unpacked bytes that it has at least, 0 if the reservation covers them; ``asked`` is what to ask for."""
         # With nothing allowed the parent wants to know what to reserve: it is told after the first chunk.
         declared = max(self.reader.declared, 1)
         if declared <= max(self.allowed, self.asked):
             return 0
         # Without an announced size the artifact may go on growing: do not ask again for each chunk.
         self.asked = declared if declared > 2 * self.allowed or self.complete else 2 * self.allowed
-        return self.asked
+        return declared
+
+    def grant(self, allowed: int) -> None:
+        """The reservation covers ``allowed`` bytes now, which may be fewer than were asked for."""
+        self.allowed, self.asked = allowed, 0
 
 
 def _new_hash() -> HASH:
@@ -158,9 +162,9 @@ class ArtifactLane:
         elif kind == wire.END:
             arriving.finish()
         elif kind == wire.GRANT:
-            arriving.allowed = number
+            arriving.grant(number)
         if short := arriving.short_of:
-            self._send(wire.NEED, model, short)
+            self._send(wire.NEED, model, short, {"asked": arriving.asked})
         elif arriving.complete and arriving.allowed >= arriving.reader.declared:
             self._load(model, arriving.reader.finish())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import TYPE_CHECKING
 
 import pytest
@@ -26,7 +27,8 @@ async def channel() -> AsyncIterator[ArtifactChannel]:
 
 
 def report(kind: int, model: int, number: int) -> bytes:
-    return wire.ARTIFACT.pack(0, kind, 0, 0, model, number)
+    payload = json.dumps({"asked": number}).encode()
+    return wire.ARTIFACT.pack(len(payload), kind, 0, 0, model, number) + payload
 
 
 async def test_a_need_that_has_grown_is_not_met_by_a_smaller_grant(channel: ArtifactChannel) -> None:

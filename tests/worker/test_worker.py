@@ -367,15 +367,31 @@ def test_an_archive_announces_its_size_with_its_first_chunk(xgboost_worker: Lone
 
 
 def test_a_grant_that_is_too_small_is_asked_for_again(xgboost_worker: LoneWorker) -> None:
-    """No grant below what the model has makes the parser run."""
+    """No grant below what the model has makes the parser run; it may be all there is room for."""
     model = zoo.model(trees=30)
     xgboost_worker.send_artifact(30, model.json, allowed=len(model.json) // 4)
     needed = xgboost_worker.report()
     assert (needed.kind, needed.number) == (wire.NEED, len(model.json))
     xgboost_worker.command(wire.GRANT, 30, len(model.json) - 1)
+    assert xgboost_worker.report()[:3] == (wire.NEED, 30, len(model.json))
     xgboost_worker.command(wire.MEASURE, 0)
     assert xgboost_worker.report().kind == wire.HEAP
     xgboost_worker.command(wire.GRANT, 30, len(model.json))
+    assert [xgboost_worker.report().kind for _ in range(2)] == [wire.STARTED, wire.LOADED]
+
+
+def test_an_artifact_that_may_go_on_growing_says_what_it_has_and_asks_for_more(xgboost_worker: LoneWorker) -> None:
+    """L6: what it would like must not be taken for what it surely takes: there may be no room for so much."""
+    data = zoo.model(trees=30).ubj
+    xgboost_worker.command(wire.BEGIN, 34, 1000)
+    xgboost_worker.command(wire.CHUNK, 34, 0, data[:1500])
+    kind, _, needed, facts = xgboost_worker.report()
+    assert (kind, needed, facts) == (wire.NEED, 1500, {"asked": 2000})
+    xgboost_worker.command(wire.GRANT, 34, 1700)
+    xgboost_worker.command(wire.CHUNK, 34, 0, data[1500:])
+    assert xgboost_worker.report()[:3] == (wire.NEED, 34, len(data))
+    xgboost_worker.command(wire.END, 34)
+    xgboost_worker.command(wire.GRANT, 34, len(data))
     assert [xgboost_worker.report().kind for _ in range(2)] == [wire.STARTED, wire.LOADED]
 
 
