@@ -367,11 +367,15 @@ class Outgrowing:
 
     @classmethod
     async def start(cls, registry: ModelRegistry) -> Outgrowing:
-        sizes = {name: (await registry.load(name)).size_bytes for name in FLEET}
-        small, *_, large = sorted(FLEET, key=lambda name: sizes[name])
-        late = next(name for name in FLEET if name not in (small, large))
-        await shrink_to(registry, small, large)
-        (its_worker,) = (await registry.load(large)).workers
+        small, late, *_ = FLEET
+        assert isinstance(registry._store, MemoryStore)
+        registry._store.put("large.ubj", zoo.model(trees=40).ubj)
+        sizes = [(await registry.load(name)).size_bytes for name in ("large", small)]
+        await registry.unload("large")
+        await registry.unload(small)
+        registry.resize(sum(sizes) + sizes[1] // 2)
+        # The large one is the first to be evicted, and its worker has more bytes than the one the next load goes to.
+        (its_worker,) = (await registry.load("large")).workers
         (other_worker,) = (await registry.load(small)).workers
         assert its_worker != other_worker
         registry._state.sizes._known.clear()
