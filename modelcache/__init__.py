@@ -38,6 +38,7 @@ from modelcache.records import (
     ModelEvicted,
     ModelInfo,
     ModelLoaded,
+    ModelRefreshed,
     PreloadProgress,
     PreloadReport,
     RegistryStats,
@@ -70,6 +71,7 @@ __all__ = [
     "LoadFailed",
     "ModelEvicted",
     "ModelLoaded",
+    "ModelRefreshed",
     "WorkerDied",
     # stores
     "Artifact",

@@ -55,12 +55,20 @@ class NoRoomError(Exception):
 class Attempt:
     """What one attempt knows and holds.
 
-    ``needed`` is the number of bytes that an earlier attempt found necessary, 0 if there was none. ``started`` is when
-    the store was asked.
+    ``needed`` is the number of bytes that an earlier attempt found necessary, 0 if there was none. ``started`` and
+    ``asked_at`` say when the store was asked: in seconds of ``perf_counter``, and by the registry's clock.
     """
 
     def __init__(
-        self, state: Residency, pool: Pool, flight: Flight, artifact: Artifact, *, needed: int, started: float
+        self,
+        state: Residency,
+        pool: Pool,
+        flight: Flight,
+        artifact: Artifact,
+        *,
+        needed: int,
+        started: float,
+        asked_at: float,
     ) -> None:
         self._state = state
         self._pool = pool
@@ -69,6 +77,7 @@ class Attempt:
         self._chunks: AsyncIterator[bytes] = aiter(artifact.chunks)
         self._needed = needed
         self._started = started
+        self._asked_at = asked_at
         self._worker: Worker | None = None
         self._loading: Loading | None = None
         self._charged = 0
@@ -158,9 +167,7 @@ class Attempt:
 
     async def _queue_for(self, bounds: Bounds) -> bool:
         ledger, flight = self._state.ledger, self._flight
-        if bounds.least > ledger.room:
-            raise NoRoomError(bounds.least)
-        flight.needed = min(bounds.most, ledger.room)
+        flight.needed = min(bounds.most, self._room_for(bounds.least))
         promise: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         flight.claim, retired = ledger.claim(flight.key, flight.needed, promise)
         self._state.retire(retired)
@@ -173,15 +180,25 @@ class Attempt:
         claim, ledger = self._flight.claim, self._state.ledger
         assert claim is not None
         self._check_fits(bounds.least)
-        if bounds.least > ledger.room:
-            raise NoRoomError(bounds.least)
-        size = min(bounds.most, ledger.room)
+        size = min(bounds.most, self._room_for(bounds.least))
         if size > claim.bytes:
             promise: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
             self._state.retire(ledger.grow(claim, size, promise))
             if not await self._wait_for(promise):
                 raise OutgrownError(size)
         self._charge()
+
+    def _room_for(self, least: int) -> int:
+        """Return the most it can get, ``least`` or more; the version it renews stays if there is room for both."""
+        room, flight = self._state.ledger.room, self._flight
+        if flight.shields and flight.renews is not None and not flight.renews.pinned:
+            beside = room - flight.renews.size
+            if least <= beside:
+                return beside
+            self._state.unshield(flight)
+        if least > room:
+            raise NoRoomError(least)
+        return room
 
     async def _wait_for(self, promise: asyncio.Future[bool]) -> bool:
         started = time.perf_counter()
@@ -277,8 +294,11 @@ class Attempt:
         assert self._worker and self._loading and claim
         place = Resident(
             self._worker, self._loading.model, artifact.version, self._received, artifact.suffix,
-            facts, self._downloading, self._elapsed() - self._downloading,
+            facts, self._downloading, self._elapsed() - self._downloading, checked_at=self._asked_at,
         )  # fmt: skip
+        older = state.ledger.table.get(flight.key)
+        if flight.listed and older is not None:
+            place.replaced = older.value.version
         waiters = state.flights.land(flight)
         entry = Entry(flight.key, place, size=facts.size, cost=state.cost_of(flight.key, place.load_seconds))
         entry.leases = len(waiters)
@@ -290,6 +310,7 @@ class Attempt:
             waiter.set_result(entry)
         state.settled(entry)  # tells the subscribers, who may do anything, such as cancel one of those who waited
         state.retire(retired)
+        state.unshield(flight)
 
     @property
     def blame(self) -> float:

@@ -27,6 +27,7 @@ class Counters:
         self.joins = 0
         self.loads = 0
         self.load_failures = 0
+        self.refreshes = 0
         self._evictions: Counter[EvictionCause] = Counter()
 
     def loaded(self, downloading: float, loading: float, resident: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import TYPE_CHECKING
 
 from modelcache.sizing import show_bytes
@@ -15,6 +16,7 @@ _CAUSES = {
     "unload": "it was unloaded by a call of unload()",
     "retain": "the registry does not retain models (retain=False)",
     "replaced": "another version took its place",
+    "deleted": "the store does not have it any more",
     "worker": "the worker process that held it ended",
     "close": "the registry was closed",
 }
@@ -48,8 +50,24 @@ def _resident(state: Residency, entry: Entry[Resident]) -> str:
         f"{entry.key} is resident: version {place.version}, {show_bytes(entry.size)} in worker {place.worker.pid}, "
         f"{held}. It loaded in {place.load_seconds * 1e3:.1f} ms ({place.downloading * 1e3:.1f} downloading, "
         f"{place.loading * 1e3:.1f} loading), has had {entry.hits} hits, and was last used "
-        f"{now - entry.last_used:.1f} s ago. {_budget(state)}"
+        f"{now - entry.last_used:.1f} s ago. {_version(state, entry)} {_budget(state)}"
     )
+
+
+def _version(state: Residency, entry: Entry[Resident]) -> str:
+    """Say why it is this version."""
+    place, now = entry.value, state.clock()
+    came = "the one the store had at its first load" if place.replaced is None else f"it replaced {place.replaced}"
+    if place.doubt is not None:
+        return f"Its version: {came}; it serves on since it could not be renewed: {place.doubt}"
+    checked = f"the store last had it {now - place.checked_at:.1f} s ago"
+    if entry.key in state.flights.by_key:
+        again = "is being asked again now"
+    elif place.trusted_until == inf:
+        again = "is not asked again before refresh()"
+    else:
+        again = f"is asked again by a call in {max(0.0, place.trusted_until - now):.1f} s or later"
+    return f"Its version: {came}; {checked}, and {again}."
 
 
 def _cold(state: Residency, key: str, past: Past) -> str:

@@ -102,7 +102,7 @@ class Groups:
     async def _scout(self, name: str) -> tuple[str, Bounds]:
         """Ask what a model takes; if it is being loaded, wait for that first."""
         flight = self._state.flights.by_key.get(name)
-        if flight is not None:
+        if flight is not None and not self._leasing.find(name):
             await asyncio.wait((flight.task,))
         self._life.check()
         entry = self._leasing.find(name)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from modelcache.cache.entry import Entry, State
 from modelcache.cache.flight import Flight, Phase
-from modelcache.errors import LoadTimeoutError
+from modelcache.errors import LoadTimeoutError, ModelCacheError
 from modelcache.names import SUFFIXES, check_name, split_suffix
 
 if TYPE_CHECKING:
@@ -27,13 +28,12 @@ class Boarding(NamedTuple):
 
 
 class Leasing:
-    """Gives out leases and takes them back; with ``retain=False`` a model leaves with its last one."""
+    """Gives out leases and takes them back."""
 
-    def __init__(self, state: Residency, loader: Loader, life: Lifecycle, *, retain: bool) -> None:
+    def __init__(self, state: Residency, loader: Loader, life: Lifecycle) -> None:
         self._state = state
         self._loader = loader
         self._life = life
-        self._retain = retain
         self._quiet: asyncio.Future[None] | None = None
         """Resolved when the last lease ends, while the registry closes."""
 
@@ -50,6 +50,8 @@ class Leasing:
             ledger.lease(entry)
             ledger.hit(entry)
             self._state.counters.hits += 1
+            if entry.last_used >= entry.value.trusted_until:
+                self._revalidate(entry)
         return entry
 
     async def take(self, name: str, deadline: float = 0.0) -> Entry[Resident]:
@@ -67,13 +69,8 @@ class Leasing:
 
     def release(self, entry: Entry[Resident]) -> None:
         """End a lease."""
-        ledger = self._state.ledger
-        retired = ledger.release(entry)
-        if retired:
-            self._state.retire(retired)
-        if not self._retain and not entry.pins and entry.state is State.READY:
-            self._state.retire(ledger.detach(entry.key, "retain"))
-        if self._quiet is not None and not ledger.leases and not self._quiet.done():
+        self._state.release(entry)
+        if self._quiet is not None and not self._state.ledger.leases and not self._quiet.done():
             self._quiet.set_result(None)
 
     def find(self, name: str) -> Entry[Resident] | None:
@@ -113,18 +110,58 @@ class Leasing:
 
         ``part``: the bytes that a group, which holds other models meanwhile, has been granted for it.
         """
-        state = self._state
-        waiter: asyncio.Future[Entry[Resident]] = asyncio.get_running_loop().create_future()
-        flight, is_new = state.flights.join(name, waiter)
-        state.counters.misses += 1
+        flights, counters = self._state.flights, self._state.counters
+        counters.misses += 1
+        counters.joins += name in flights.by_key
+        boarding = self._join(name)
         if part is not None:
-            flight.group_waiters.add(waiter)
-            self._loader.endow(flight, part)
+            boarding.flight.group_waiters.add(boarding.waiter)
+            self._loader.endow(boarding.flight, part)
+        return boarding
+
+    def _join(self, name: str) -> Boarding:
+        waiter: asyncio.Future[Entry[Resident]] = asyncio.get_running_loop().create_future()
+        flight, is_new = self._state.flights.join(name, waiter)
         if is_new:
             self._loader.start(flight)
-        else:
-            state.counters.joins += 1
         return Boarding(flight, waiter)
+
+    async def refresh(self, name: str) -> Entry[Resident]:
+        """Ask the store for ``name`` now, and return a lease on the version it has."""
+        while True:
+            self._life.check()
+            resident = self.find(name)
+            key = name if resident is None else resident.key
+            flight = self._state.flights.by_key.get(key)
+            if flight is None or not flight.has_asked:
+                return await self._wait_to_the_end(self._board_refresh(key, resident))
+            if flight.fresh:  # its answer may be older than this call: let it land, and ask again
+                with suppress(ModelCacheError):
+                    self.release(await self._wait_to_the_end(self._join(key)))
+            else:
+                self._state.flights.detach(key)
+
+    def _board_refresh(self, key: str, resident: Entry[Resident] | None) -> Boarding:
+        """Wait for what the store has of ``key`` now; a model that is resident serves on meanwhile."""
+        state = self._state
+        state.failures.forget(key)
+        boarding = self._join(key)
+        flight = boarding.flight
+        flight.fresh = True
+        if resident is not None and flight.renews is None:
+            state.shield(flight, resident)
+        return boarding
+
+    def _revalidate(self, entry: Entry[Resident]) -> None:
+        """Ask the store for a newer version in the background; this call, and those that come, have ``entry``."""
+        if entry.state is not State.READY or entry.key in self._state.flights.by_key:
+            return
+
+        def end(waiter: asyncio.Future[Entry[Resident]]) -> None:
+            if waiter.exception() is None:
+                self.release(waiter.result())
+
+        self._board_refresh(entry.key, entry).waiter.add_done_callback(end)
 
     async def scout(self, name: str) -> Bounds:
         """Return what ``name`` takes, as far as the store's first bytes tell; raises what a load of it would."""
@@ -157,18 +194,22 @@ class Leasing:
 
     async def _wait_for_flight(self, name: str, deadline: float) -> Entry[Resident]:
         boarding = self.board(name)
-        timer = None
-        if deadline:
-            seconds = max(0.0, deadline - time.monotonic())
-            timer = asyncio.get_running_loop().call_later(seconds, self._expire, boarding)
+        if not deadline:
+            return await self._wait_to_the_end(boarding)
+        seconds = max(0.0, deadline - time.monotonic())
+        timer = asyncio.get_running_loop().call_later(seconds, self._expire, boarding)
+        try:
+            return await self._wait_to_the_end(boarding)
+        finally:
+            timer.cancel()
+
+    async def _wait_to_the_end(self, boarding: Boarding) -> Entry[Resident]:
         try:
             return await boarding.waiter
         except asyncio.CancelledError:
             self.give_up(boarding)
             raise
         finally:
-            if timer is not None:
-                timer.cancel()
             self.leave(boarding)
 
     def _expire(self, boarding: Boarding) -> None:

@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from modelcache.attempt import Attempt, NoRoomError, OutgrownError
+from modelcache.cache.entry import State
 from modelcache.cache.flight import DesertedError, Phase
 from modelcache.errors import (
     BudgetTimeoutError,
@@ -27,7 +28,7 @@ from modelcache.errors import (
 from modelcache.pool.lost import WorkerLostError
 from modelcache.quarantine import CRASHES_FORGIVEN, Quarantine
 from modelcache.slots import Slots
-from modelcache.stores.base import Artifact
+from modelcache.stores.base import Artifact, NotModified
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -68,7 +69,9 @@ class Loader:
 
         def ended(task: asyncio.Task[None]) -> None:
             self.tasks.discard(task)
-            if flight.reserve is not None:  # in vain; here, as a task that is cancelled at once never runs
+            # Here, as a task that is cancelled at once never runs.
+            self._state.unshield(flight)
+            if flight.reserve is not None:  # in vain
                 self._state.retire(self._state.ledger.give_back(flight.reserve))
 
         task.add_done_callback(ended)
@@ -117,11 +120,12 @@ class Loader:
     def _fail(self, flight: Flight, error: ModelCacheError) -> None:
         if error.model is None:
             error.model = flight.key
-        if (flight.listed or flight.scouts) and not isinstance(error, _NEVER_REMEMBERED):
+        serves_on = self._state.not_renewed(flight, error)
+        if (flight.listed or flight.scouts) and not serves_on and not isinstance(error, _NEVER_REMEMBERED):
             # A name that is not there yet may be about to be copied in: never wait long before looking again.
             doubling = not isinstance(error, ModelNotFoundError)
             self._state.failures.remember(flight.key, error, doubling=doubling)
-        self._state.failed(flight.key, error)
+        self._state.failed(flight.key, error, serves_on=serves_on)
         self._state.flights.fail(flight, error)
 
     async def _bring(self, flight: Flight) -> None:
@@ -132,7 +136,8 @@ class Loader:
             try:
                 async with self._slots.slot(flight):
                     deadline = deadline or asyncio.get_running_loop().time() + self.timeout
-                    return await self._attempt_by(deadline, flight, needed)
+                    if await self._attempt_by(deadline, flight, needed):
+                        return
             except OutgrownError as outgrown:
                 needed = outgrown.needed
             except NoRoomError as full:
@@ -142,10 +147,10 @@ class Loader:
                 if crashes > CRASHES_FORGIVEN:
                     raise _crashed(flight.key, lost) from lost
 
-    async def _attempt_by(self, deadline: float, flight: Flight, needed: int) -> None:
+    async def _attempt_by(self, deadline: float, flight: Flight, needed: int) -> bool:
         try:
             async with asyncio.timeout_at(deadline) as limit:
-                await self._attempt(flight, needed)
+                return await self._attempt(flight, needed)
         except TimeoutError as error:
             if not limit.expired():
                 raise  # the store's own
@@ -166,10 +171,15 @@ class Loader:
         finally:
             ledger.parked.pop(promise, None)
 
-    async def _attempt(self, flight: Flight, needed: int) -> None:
-        started = time.perf_counter()
+    async def _attempt(self, flight: Flight, needed: int) -> bool:
+        """Say whether the flight has ended; if not, what it was to renew has left while the store confirmed it."""
+        started, asked_at = time.perf_counter(), self._state.clock()
         async with self._fetched(flight) as artifact:
-            attempt = Attempt(self._state, self._pool, flight, artifact, needed=needed, started=started)
+            if artifact is None:
+                return self._state.confirm(flight)
+            attempt = Attempt(
+                self._state, self._pool, flight, artifact, needed=needed, started=started, asked_at=asked_at
+            )
             try:
                 if flight.scouts:
                     bounds = await attempt.scout()
@@ -182,19 +192,23 @@ class Loader:
                 if isinstance(error, WorkerLostError) and attempt.blame:
                     self.quarantine.blame(flight.key, artifact.version, attempt.blame)
                 raise
+        return True
 
     @asynccontextmanager
-    async def _fetched(self, flight: Flight) -> AsyncIterator[Artifact]:
-        """Ask the store for the artifact, and let go of it in the end."""
+    async def _fetched(self, flight: Flight) -> AsyncIterator[Artifact | None]:
+        """Ask the store for the artifact, None if it is the version to be renewed, and let go of it in the end."""
         flight.phase = Phase.LOADING
-        artifact = await self._store.fetch(flight.key)
-        if not isinstance(artifact, Artifact):
-            raise StoreError(f"The store answered a fetch without if_version with {artifact!r}.", model=flight.key)
+        held = flight.renews.value.version if flight.renews and flight.renews.state is State.READY else None
+        found = await self._store.fetch(flight.key, if_version=held)
+        if not isinstance(found, Artifact):
+            _check_expected(found, held, flight.key)
+            yield None
+            return
         try:
-            self.quarantine.check(flight.key, artifact.version)
-            yield artifact
+            self.quarantine.check(flight.key, found.version)
+            yield found if found.version != held else None
         finally:
-            await _let_go(artifact)
+            await _let_go(found)
 
     def _timed_out(self, flight: Flight) -> ModelCacheError:
         if flight.phase is Phase.STARVED:
@@ -202,6 +216,12 @@ class Loader:
         return LoadTimeoutError(
             f"Loading {flight.key} took more than {self.timeout:g} s (load_timeout).", model=flight.key
         )
+
+
+def _check_expected(answer: object, held: str | None, key: str) -> None:
+    if not isinstance(answer, NotModified) or held is None:
+        asked = "without" if held is None else "with"
+        raise StoreError(f"The store answered a fetch {asked} if_version with {answer!r}.", model=key)
 
 
 async def _let_go(artifact: Artifact) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Output = Literal["value", "margin", "leaf", "contribs"]
 Tier = Literal["memory", "disk", "store"]
-EvictionCause = Literal["budget", "unload", "retain", "replaced", "worker", "close"]
+EvictionCause = Literal["budget", "unload", "retain", "replaced", "deleted", "worker", "close"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +154,8 @@ class RegistryStats:
     """Calls that shared a load which another had started."""
     loads: int
     load_failures: int
+    refreshes: int
+    """New versions that have taken the place of older ones."""
     evictions: Mapping[EvictionCause, int]
     budget: int
     bytes_resident: int
@@ -172,6 +174,15 @@ class ModelLoaded:
     """A model has become resident."""
 
     model: ModelInfo
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRefreshed:
+    """A new version of a model has taken the place of an older one, which leaves with its last lease."""
+
+    model: ModelInfo
+    replaced: str
+    """The version it took the place of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,4 +214,4 @@ class WorkerDied:
     """Those it held; they are loaded again when they are asked for, pinned ones at once."""
 
 
-Event = ModelLoaded | ModelEvicted | LoadFailed | WorkerDied
+Event = ModelLoaded | ModelRefreshed | ModelEvicted | LoadFailed | WorkerDied

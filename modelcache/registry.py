@@ -62,7 +62,9 @@ class ModelRegistry:
     the container or host has available. ``workers`` defaults to the usable cores, ``threads_per_worker`` is XGBoost's
     ``nthread`` in each. ``policy`` is "gdsf", "lru", "s3fifo", an :class:`EvictionPolicy`, a ``cachetools.Cache``, or a
     callable returning one. ``load_timeout`` (seconds) bounds one load, ``load_concurrency`` how many run at once. A
-    failed load is remembered for ``failure_ttl`` seconds, doubling up to 30; 0 turns that off. ``queue_limit`` is how
+    failed load is remembered for ``failure_ttl`` seconds, doubling up to 30; 0 turns that off. A resident version is
+    trusted for ``refresh_after`` seconds; the next call after that is answered by it, and has the store asked in the
+    background for another. None: never; 0: each call. ``queue_limit`` is how
     many calls may wait per worker. ``retain=False`` unloads each model after its call. ``predictor`` names a
     :class:`Predictor` class as "package.module:Class"; it is imported in the workers. ``clock`` gives seconds.
 
@@ -81,6 +83,7 @@ class ModelRegistry:
         load_timeout: float = 360.0,
         load_concurrency: int = 32,
         failure_ttl: float = 1.0,
+        refresh_after: float | None = None,
         queue_limit: int = 1024,
         retain: bool = True,
         predictor: str = XGBOOST,
@@ -92,9 +95,18 @@ class ModelRegistry:
         )  # fmt: skip
         _check_seconds("load_timeout", load_timeout)
         _check_seconds("failure_ttl", failure_ttl, none=0)
+        if refresh_after is not None:
+            _check_seconds("refresh_after", refresh_after, none=0)
         budget = default_budget() if memory_budget is None else parse_bytes(memory_budget)
         self._store: ArtifactStore = store if isinstance(store, ArtifactStore) else open_store(store)
-        self._state = Residency(budget, make_policy(policy), failure_ttl=failure_ttl, clock=clock)
+        self._state = Residency(
+            budget,
+            make_policy(policy),
+            failure_ttl=failure_ttl,
+            refresh_after=refresh_after,
+            retain=retain,
+            clock=clock,
+        )
         self._pool = Pool(
             workers or usable_cores(),
             threads=threads_per_worker,
@@ -105,7 +117,7 @@ class ModelRegistry:
         self._loader = Loader(self._state, self._store, self._pool, concurrency=load_concurrency, timeout=load_timeout)
         self._load_concurrency = load_concurrency
         self._life = Lifecycle(on_fork=self._pool.abandon)
-        self._leasing = Leasing(self._state, self._loader, self._life, retain=retain)
+        self._leasing = Leasing(self._state, self._loader, self._life)
         self._starting: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._answering = Answering(
@@ -314,6 +326,20 @@ class ModelRegistry:
         if leaving:
             await asyncio.wait(leaving)
         return bool(loads or leaving)
+
+    async def refresh(self, name: str) -> ModelInfo:
+        """Ask the store for ``name`` now; if it has another version, load that beside the resident one, and swap.
+
+        Calls go on meanwhile, with the version there is, and none has to wait, as long as both fit into the budget
+        together. If the new version cannot be loaded, the error says why, and the old one serves on. A model that the
+        store does not have any more is unloaded, and ModelNotFoundError raised. Loads a model that is not resident.
+        """
+        await self.start()
+        entry = await self._leasing.refresh(check_name(name))
+        try:
+            return self._state.info(entry)
+        finally:
+            self._leasing.release(entry)
 
     async def pin(self, name: str) -> ModelInfo:
         """Make ``name`` resident and never evict it until :meth:`unpin`; if its worker ends it is loaded again."""

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from dataclasses import dataclass, field
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from cachetools import LRUCache
@@ -20,7 +21,7 @@ from modelcache.cache.flight import Flights
 from modelcache.cache.ledger import Ledger
 from modelcache.cache.sizes import SizeBook
 from modelcache.counters import Counters
-from modelcache.errors import BudgetTimeoutError
+from modelcache.errors import BudgetTimeoutError, ModelNotFoundError
 from modelcache.history import History
 from modelcache.records import (
     Event,
@@ -28,6 +29,7 @@ from modelcache.records import (
     ModelEvicted,
     ModelInfo,
     ModelLoaded,
+    ModelRefreshed,
     RegistryStats,
 )
 from modelcache.sizing import show_bytes
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from modelcache.cache.entry import Entry
+    from modelcache.cache.flight import Flight
     from modelcache.cache.policies import EvictionPolicy
     from modelcache.errors import ModelCacheError
     from modelcache.pool.artifacts import LoadedFacts
@@ -73,6 +76,14 @@ class Resident(Place):
     """Seconds a row takes in a large call, as last measured, by what was asked for: contributions cost a thousand
     times what values do."""
     loaded_at: float = field(default_factory=time.time)
+    checked_at: float = field(default=0.0, kw_only=True)
+    """When the store was last known to have this version, by the registry's clock."""
+    trusted_until: float = field(default=inf, kw_only=True)
+    """When it is to be asked again; never, while it is being asked."""
+    replaced: str | None = field(default=None, kw_only=True)
+    """The version it took the place of, without a moment in which there was neither."""
+    doubt: str | None = field(default=None, kw_only=True)
+    """Why the last attempt to renew it failed; None if it did not."""
 
     @property
     def load_seconds(self) -> float:
@@ -83,8 +94,20 @@ class Resident(Place):
 class Residency:
     """Which models are resident, are being loaded, and are leaving."""
 
-    def __init__(self, budget: int, policy: EvictionPolicy, *, failure_ttl: float, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        budget: int,
+        policy: EvictionPolicy,
+        *,
+        failure_ttl: float,
+        refresh_after: float | None,
+        retain: bool,
+        clock: Callable[[], float],
+    ) -> None:
         self.clock = clock
+        self._failure_ttl = failure_ttl
+        self._refresh_after = inf if refresh_after is None else refresh_after
+        self._retain = retain
         self.ledger = Ledger(budget, policy, clock=clock)
         self.flights = Flights()
         self.failures = FailureMemory(failure_ttl, clock=clock)
@@ -106,9 +129,66 @@ class Residency:
         """A model has become resident."""
         place = entry.value
         place.worker.held[place.number] = entry
+        place.trusted_until = place.checked_at + self._refresh_after
         self.counters.loaded(place.downloading, place.loading, len(self.ledger.table))
         self.history.loaded(entry.key, place.load_seconds)
-        self.emit(ModelLoaded(self.info(entry)))
+        if place.replaced is None:
+            self.emit(ModelLoaded(self.info(entry)))
+        else:
+            self.counters.refreshes += 1
+            self.emit(ModelRefreshed(self.info(entry), place.replaced))
+
+    def release(self, entry: Entry[Resident]) -> None:
+        """End a lease; without ``retain`` the model leaves with the last one."""
+        retired = self.ledger.release(entry)
+        if retired:
+            self.retire(retired)
+        if not self._retain and not entry.pins and entry.state is State.READY:
+            self.retire(self.ledger.detach(entry.key, "retain"))
+
+    # Versions
+
+    def shield(self, flight: Flight, entry: Entry[Resident]) -> None:
+        """Let ``entry`` serve until ``flight`` has brought another version of it, or has found that there is none."""
+        flight.renews, flight.fresh, flight.shields = entry, True, True
+        entry.value.trusted_until = inf
+        self.ledger.lease(entry)
+
+    def unshield(self, flight: Flight) -> None:
+        """Let go of the version that ``flight`` renews; harmless when done twice."""
+        if flight.shields and flight.renews is not None:
+            flight.shields = False
+            self.release(flight.renews)
+
+    def confirm(self, flight: Flight) -> bool:
+        """The store still has the version that ``flight`` renews; False if that has left meanwhile."""
+        entry = flight.renews
+        if entry is None or entry.state is not State.READY:
+            return False
+        self.trust(entry.value)
+        for waiter in self.flights.land(flight):
+            self.ledger.lease(entry)
+            waiter.set_result(entry)
+        return True
+
+    def trust(self, place: Resident) -> None:
+        """The store has this version now."""
+        place.checked_at, place.doubt = self.clock(), None
+        place.trusted_until = place.checked_at + self._refresh_after
+
+    def not_renewed(self, flight: Flight, error: ModelCacheError) -> bool:
+        """A renewal has failed: say whether the version that was to be replaced serves on."""
+        entry = flight.renews
+        if entry is None or self.ledger.table.get(entry.key) is not entry:
+            return False
+        if isinstance(error, ModelNotFoundError):
+            self.retire(self.ledger.detach(entry.key, "deleted"))
+            self.unshield(flight)
+            return False
+        place: Resident = entry.value
+        place.doubt = f"{type(error).__name__}: {error}"
+        place.trusted_until = self.clock() + max(self._refresh_after, self._failure_ttl)
+        return True
 
     def retire(self, entries: Iterable[Entry[Any]]) -> None:
         """Order the bytes of ``entries`` to be freed, as the ledger has decided."""
@@ -144,10 +224,11 @@ class Residency:
         self.retire(retired)
         return tuple(entry.key for entry in resident)
 
-    def failed(self, key: str, error: ModelCacheError) -> None:
-        """A load has failed."""
+    def failed(self, key: str, error: ModelCacheError, *, serves_on: bool = False) -> None:
+        """A load has failed; ``serves_on`` says that it was to renew a version that is still there."""
         self.counters.load_failures += 1
-        self.history.failed(key, error, self.clock())
+        if not serves_on:
+            self.history.failed(key, error, self.clock())
         self.emit(LoadFailed(key, error))
 
     def no_room(self, name: str, needed: int, time: str) -> BudgetTimeoutError:
@@ -230,6 +311,7 @@ class Residency:
             joins=counters.joins,
             loads=counters.loads,
             load_failures=counters.load_failures,
+            refreshes=counters.refreshes,
             evictions=counters.evictions,
             budget=ledger.budget,
             bytes_resident=ledger.resident,

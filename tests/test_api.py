@@ -147,6 +147,7 @@ PARAMETERS = {
     "load_timeout": 360,
     "load_concurrency": 32,
     "failure_ttl": 1,
+    "refresh_after": None,
     "queue_limit": 1024,
     "retain": True,
     "predictor": "modelcache.worker.predictors:XGBoostPredictor",
@@ -158,6 +159,7 @@ METHODS = {
     "load": "(name)",
     "preload": "(names, *, concurrency=None, on_progress=None)",
     "unload": "(name)",
+    "refresh": "(name)",
     "pin": "(name)",
     "unpin": "(name)",
     "loaded": "()",
@@ -198,7 +200,7 @@ def test_the_methods_and_their_parameters(name: str) -> None:
     "options",
     [
         {"workers": 0}, {"workers": -1}, {"threads_per_worker": 0}, {"load_timeout": 0}, {"load_concurrency": 0},
-        {"queue_limit": 0}, {"failure_ttl": -1}, {"memory_budget": 0}, {"memory_budget": "lots"},
+        {"queue_limit": 0}, {"failure_ttl": -1}, {"refresh_after": -1}, {"memory_budget": 0}, {"memory_budget": "lots"},
         {"policy": "fifo-ish"},
     ],
 )  # fmt: skip

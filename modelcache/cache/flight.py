@@ -13,6 +13,8 @@ Interleavings that the code below is shaped by:
 3. A waiter is cancelled after the flight landed and before it woke up. It owns a lease by then, and releases it.
 4. A model is unloaded while it loads. The flight leaves the map: those who wait get the model they asked for, later
    callers start a new flight, and when the old one lands it does not enter the table.
+5. A resident model is renewed, and evicted before the new version has landed. The renewing flight is in the map all the
+   while: callers find the table first, and join the flight when there is nothing in the table any more.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from modelcache.cache.claims import Claim, Waiter
+    from modelcache.cache.entry import Entry
     from modelcache.errors import ModelCacheError
 
 
@@ -52,7 +55,21 @@ class DesertedError(Exception):
 class Flight:
     """A load under way and those who wait for it."""
 
-    __slots__ = ("claim", "group_waiters", "key", "listed", "needed", "phase", "reserve", "scouts", "task", "waiters")
+    __slots__ = (
+        "claim",
+        "fresh",
+        "group_waiters",
+        "key",
+        "listed",
+        "needed",
+        "phase",
+        "renews",
+        "reserve",
+        "scouts",
+        "shields",
+        "task",
+        "waiters",
+    )
 
     def __init__(self, key: str, *, scouts: bool = False) -> None:
         self.key = key
@@ -61,6 +78,12 @@ class Flight:
         self.phase = Phase.QUEUED
         self.listed = not scouts
         """False once the model was unloaded: what lands is for the present waiters only."""
+        self.fresh = False
+        """True if the store has to be asked, whatever copies there are."""
+        self.renews: Entry[Any] | None = None
+        """The version that it replaces if the store has another."""
+        self.shields = False
+        """True while it leases that version, so that it serves until the new one does."""
         self.needed = 0
         """Bytes it has claimed, or waits for."""
         self.claim: Claim | None = None
@@ -72,6 +95,11 @@ class Flight:
         """Those of them that hold other models meanwhile."""
         self.task: Any = None
         """The task that flies it; kept here, since an event loop holds tasks weakly."""
+
+    @property
+    def has_asked(self) -> bool:
+        """True once the store has been asked: what changes there from now on is not noticed any more."""
+        return self.phase is not Phase.QUEUED
 
     def live_waiters(self) -> list[Waiter]:
         """Return those who still wait."""
