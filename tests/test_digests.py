@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +66,7 @@ def test_a_wrong_digest_is_found_before_the_parser_begins(odd_worker: LoneWorker
     """A2: of the bytes of many chunks all count, and no predictor sees any of them."""
     data = odd.artifact(padding="x" * 50_000)
     for model, digest in ((1, OTHER), (2, hashlib.sha256(data).hexdigest())):
-        odd_worker.command(wire.BEGIN, model, 1 << 30, bytes.fromhex(digest))
+        odd_worker.command(wire.BEGIN, model, 1 << 30, json.dumps({"digest": digest}).encode())
         for start in range(0, len(data), 7000):
             odd_worker.command(wire.CHUNK, model, 0, data[start : start + 7000])
         odd_worker.command(wire.END, model)

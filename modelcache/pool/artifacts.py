@@ -56,12 +56,24 @@ class LoadedFacts:
         return cls(size=size, **facts)
 
 
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A model that a worker has written to a file."""
+
+    size: int
+    digest: str = ""
+    error: str | None = None
+    """Why it could not be written."""
+
+
 class Loading:
     """One artifact on its way into a worker."""
 
     def __init__(self, channel: ArtifactChannel, model: int) -> None:
         self._channel = channel
         self.model = model
+        self.saved: asyncio.Future[Saved | None] | None = None
+        """What was written, None if nothing was; there only if it was ordered."""
         self.needed = 0
         """Unpacked bytes that the artifact has at least, beyond what is reserved; 0 when that is enough."""
         self.asked = 0
@@ -127,6 +139,7 @@ class ArtifactChannel(Channel):
         self._hello = hello
         self._unloaded = unloaded
         self._loadings: dict[int, Loading] = {}
+        self._saving: dict[int, asyncio.Future[Saved | None]] = {}
         self._measuring: list[asyncio.Future[int]] = []
 
     @property
@@ -134,10 +147,22 @@ class ArtifactChannel(Channel):
         """True while an artifact is on its way into the worker."""
         return bool(self._loadings)
 
-    def begin(self, model: int, allowed: int, digest: str | None = None) -> Loading:
-        """Announce an artifact whose reservation covers ``allowed`` unpacked bytes, and its SHA-256 if known."""
+    def begin(self, model: int, allowed: int, digest: str | None = None, save: str | None = None) -> Loading:
+        """Announce an artifact whose reservation covers ``allowed`` unpacked bytes, and its SHA-256 if known.
+
+        ``save`` is a path at which the worker makes a file of the model when it has loaded.
+        """
         loading = self._loadings[model] = Loading(self, model)
-        self.command(wire.BEGIN, model, allowed, bytes.fromhex(digest or ""))
+        if save is not None:
+            loading.saved = self._saving[model] = self._loop.create_future()
+        facts = {"digest": digest, "save": save} if digest or save else None
+        self.command(wire.BEGIN, model, allowed, json.dumps(facts).encode() if facts else b"")
+        return loading
+
+    def open(self, model: int, allowed: int, path: str, digest: str) -> Loading:
+        """Order a local copy to be loaded, as :meth:`begin` does with what is sent."""
+        loading = self._loadings[model] = Loading(self, model)
+        self.command(wire.OPEN, model, allowed, json.dumps({"path": path, "digest": digest}).encode())
         return loading
 
     def unload(self, model: int) -> None:
@@ -169,6 +194,8 @@ class ArtifactChannel(Channel):
         for loading in loadings.values():
             loading.error = WorkerLostError(epitaph)
             loading.tell()
+        for model in tuple(self._saving):
+            self._end_saving(model, None)
         for future in self._measuring:
             future.cancel()
 
@@ -178,13 +205,21 @@ class ArtifactChannel(Channel):
         if kind == wire.HELLO:
             self._hello(json.loads(data[start:end]))
         elif kind == wire.UNLOADED:
+            self._end_saving(model, None)
             self._unloaded(model)
         elif kind == wire.HEAP:
             measuring = self._measuring.pop(0)
             if not measuring.done():
                 measuring.set_result(number)
+        elif kind == wire.SAVED:
+            self._end_saving(model, Saved(number, **json.loads(data[start:end])))
         elif loading := self._loadings.get(model):
             self._advance(loading, kind, number, data[start:end])
+
+    def _end_saving(self, model: int, saved: Saved | None) -> None:
+        future = self._saving.pop(model, None)
+        if future is not None and not future.done():
+            future.set_result(saved)
 
     def _advance(self, loading: Loading, kind: int, number: int, payload: bytes) -> None:
         if kind == wire.STARTED:
@@ -197,6 +232,7 @@ class ArtifactChannel(Channel):
         elif kind == wire.FAILED:
             refusal = json.loads(payload)
             loading.error = _REFUSALS[refusal["kind"]](refusal["message"], **refusal["facts"])
+            self._end_saving(loading.model, None)
         if loading.decided:
             del self._loadings[loading.model]
         loading.tell()

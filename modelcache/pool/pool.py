@@ -116,10 +116,15 @@ class Worker:
         if not self.alive:
             raise WorkerLostError(self._epitaph())
 
-    def begin_load(self, model: int, allowed: int, digest: str | None = None) -> Loading:
+    def begin_load(self, model: int, allowed: int, digest: str | None = None, save: str | None = None) -> Loading:
         """Announce an artifact; raises WorkerLostError if the worker has ended meanwhile."""
         self.check_alive()
-        return self.process.artifacts.begin(model, allowed, digest)
+        return self.process.artifacts.begin(model, allowed, digest, save)
+
+    def open_copy(self, model: int, allowed: int, path: str, digest: str) -> Loading:
+        """Order a local copy to be loaded; raises WorkerLostError if the worker has ended meanwhile."""
+        self.check_alive()
+        return self.process.artifacts.open(model, allowed, path, digest)
 
     def forget_load(self, loading: Loading) -> None:
         """Listen no more to a load that is given up."""

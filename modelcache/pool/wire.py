@@ -16,7 +16,9 @@ Every header starts with the payload's length, then the kind of the frame:
 
     BEGIN    model, allowed      an artifact follows; `allowed` is the unpacked size its reservation covers, 0 to be
                                  told by NEED what the first chunk announces
-                                 payload: the SHA-256 of the artifact, 32 bytes, or nothing if it is not known
+                                 payload: JSON with the `digest` of the artifact (SHA-256, hexadecimal) if it is known,
+                                 and `save`, a path to write the model to once it has loaded, if that is wanted
+    OPEN     model, allowed      load the copy in a local file; payload: JSON with its `path` and `digest`
     CHUNK    model               payload: the next bytes of the artifact
     END      model               the artifact is complete: compare its digest, and load it
     GRANT    model, allowed      the reservation has grown
@@ -30,6 +32,8 @@ Every header starts with the payload's length, then the kind of the frame:
     STARTED  model               the parser begins: if the worker dies now, this artifact did it
     LOADED   model, bytes        measured heap; payload: JSON with what the model says of itself
     FAILED   model               payload: JSON with kind, message and facts
+    SAVED    model, bytes        written to `save`, in the form that loads fastest; payload: JSON with its `digest`, or
+                                 with the `error` that prevented it
     UNLOADED model               its bytes are free
     HEAP     model, bytes        answers MEASURE: bytes in use
 
@@ -44,8 +48,8 @@ from struct import Struct
 # kinds, request lane
 PREDICT, CANCEL, PING, PONG, RESULT, ERROR, FAULT = range(1, 8)
 # kinds, artifact lane
-BEGIN, CHUNK, END, GRANT, UNLOAD, MEASURE = range(16, 22)
-HELLO, NEED, STARTED, LOADED, FAILED, UNLOADED, HEAP = range(32, 39)
+BEGIN, OPEN, CHUNK, END, GRANT, UNLOAD, MEASURE = range(16, 23)
+HELLO, NEED, STARTED, LOADED, SAVED, FAILED, UNLOADED, HEAP = range(32, 40)
 
 OUTPUTS = ("value", "margin", "leaf", "contribs")
 """What a call may ask for; a frame carries the index."""

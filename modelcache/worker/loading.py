@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import contextmanager
 from os import sched_yield
 from pathlib import Path
 from threading import Thread
@@ -23,7 +24,7 @@ from modelcache.worker.predictors import PredictorFaultError, XGBoostPredictor, 
 if TYPE_CHECKING:
     import socket
     from _hashlib import HASH
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from modelcache.worker.artifact import Unpacked
     from modelcache.worker.heap import Heap
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from modelcache.worker.predictors import Predictor
 
 T = TypeVar("T")
+
+_CHUNK = 1 << 20
+"""Bytes of a copy read at once."""
 
 _TRIM_AFTER, _TRIM_SHARE = 256 << 10, 1 / 16
 """Freed bytes that may stay with the allocator, and their share of the models' bytes: returning them walks through the
@@ -49,12 +53,13 @@ _ESTIMATED_HEAP = 1.65
 class _Arriving:
     """An artifact of which not all has come yet, or which waits for its reservation to grow."""
 
-    def __init__(self, allowed: int, digest: bytes, *, any_format: bool) -> None:
+    def __init__(self, allowed: int, digest: str | None, *, save: str | None = None, any_format: bool) -> None:
         self.reader = ArtifactReader(any_format=any_format)
         self.allowed = allowed
         self.asked = 0
         self.complete = False
-        self._digest = digest
+        self.save = save
+        self._digest = digest or ""
         self._hash = _new_hash() if digest else None
 
     def feed(self, chunk: bytes) -> None:
@@ -66,13 +71,13 @@ class _Arriving:
     def finish(self) -> None:
         """Say that there are no more chunks; an artifact that is not the announced one is refused."""
         self.complete = True
-        if self._hash is not None and self._hash.digest() != self._digest:
-            found, announced = self._hash.hexdigest(), self._digest.hex()
+        if self._hash is not None and self._hash.hexdigest() != self._digest:
+            found = self._hash.hexdigest()
             raise ArtifactError(
                 "corrupt",
-                f"the artifact's SHA-256 is {found}, and the store announced {announced}: upload it again",
+                f"the artifact's SHA-256 is {found}, and the store announced {self._digest}: upload it again",
                 digest=found,
-                announced=announced,
+                announced=self._digest,
             )
 
     @property
@@ -144,25 +149,46 @@ class ArtifactLane:
 
     def _take(self, kind: int, model: int, number: int, payload: bytes) -> None:
         if kind == wire.BEGIN:
-            self._arriving[model] = _Arriving(number, payload, any_format=self._predictor is not XGBoostPredictor)
+            self._arriving[model] = self._announced(number, **json.loads(payload or "{}"))
+        elif kind == wire.OPEN:
+            self._open(model, number, **json.loads(payload))
         elif kind == wire.UNLOAD:
             self._unload(model)
         elif kind == wire.MEASURE:
             self._send(wire.HEAP, 0, self._heap.in_use())
         elif model in self._arriving:  # the artifact may have been refused while its chunks were on the way
-            try:
-                self._advance(kind, model, number, payload)
-            except ArtifactError as error:
-                self._fail(model, error.kind, str(error), error.facts)
+            with self._refusing(model):
+                self._advance(kind, self._arriving[model], number, payload)
+                self._proceed(model)
 
-    def _advance(self, kind: int, model: int, number: int, payload: bytes) -> None:
-        arriving = self._arriving[model]
+    @contextmanager
+    def _refusing(self, model: int) -> Iterator[None]:
+        try:
+            yield
+        except ArtifactError as error:
+            self._fail(model, error.kind, str(error), error.facts)
+
+    def _open(self, model: int, allowed: int, path: str, digest: str) -> None:
+        arriving = self._arriving[model] = self._announced(allowed, digest)
+        with self._refusing(model):
+            _read_copy(arriving, path)
+            self._proceed(model)
+
+    def _announced(self, allowed: int, digest: str | None = None, save: str | None = None) -> _Arriving:
+        return _Arriving(allowed, digest, save=save, any_format=self._predictor is not XGBoostPredictor)
+
+    @staticmethod
+    def _advance(kind: int, arriving: _Arriving, number: int, payload: bytes) -> None:
         if kind == wire.CHUNK:
             arriving.feed(payload)
         elif kind == wire.END:
             arriving.finish()
         elif kind == wire.GRANT:
             arriving.grant(number)
+
+    def _proceed(self, model: int) -> None:
+        """Load what is complete, or ask for what it is short of."""
+        arriving = self._arriving[model]
         if short := arriving.short_of:
             self._send(wire.NEED, model, short, {"asked": arriving.asked})
         elif arriving.complete and arriving.allowed >= arriving.reader.declared:
@@ -185,11 +211,30 @@ class ArtifactLane:
         if self._predictor is XGBoostPredictor or measured <= 0:
             measured = _plausible(measured, len(unpacked.data))
         size = measured
-        del self._arriving[model]
+        save = self._arriving.pop(model).save
         self._models[model] = LoadedModel(predictor, size)
         self._held += size
         self._send(wire.LOADED, model, size, {"seconds": seconds, **facts})
+        if save is not None:
+            self._save(model, predictor, unpacked, Path(save))
         self._give_back(len(unpacked.data))
+
+    def _save(self, model: int, predictor: Predictor, unpacked: Unpacked, path: Path) -> None:
+        """Write the model as it loads fastest: UBJSON, unpacked; of another predictor, the bytes that it took.
+
+        What is left of a file that could not be written is the parent's to remove: it has chosen the path.
+        """
+        try:
+            data: bytes | bytearray = unpacked.data
+            if unpacked.format == "json" and isinstance(predictor, XGBoostPredictor):
+                data = _run_in_thread_of_its_own(predictor.as_ubjson)
+            _write_new(path, data)
+        except (OSError, ValueError) as error:
+            self._send(wire.SAVED, model, 0, {"error": str(error)})
+        else:
+            found = _new_hash()
+            found.update(data)
+            self._send(wire.SAVED, model, len(data), {"digest": found.hexdigest()})
 
     def _unload(self, model: int) -> None:
         self._arriving.pop(model, None)
@@ -213,6 +258,24 @@ class ArtifactLane:
     def _send(self, kind: int, model: int, number: int = 0, facts: dict[str, Any] | None = None) -> None:
         payload = json.dumps(facts).encode() if facts is not None else b""
         self._sock.sendall(wire.ARTIFACT.pack(len(payload), kind, 0, 0, model, number) + payload)
+
+
+def _read_copy(arriving: _Arriving, path: str) -> None:
+    try:
+        with Path(path).open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                arriving.feed(chunk)
+    except OSError as error:
+        raise ArtifactError("corrupt", f"the copy cannot be read: {error}") from error
+    arriving.finish()
+
+
+def _write_new(path: Path, data: bytes | bytearray) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with open(descriptor, "wb", buffering=0) as file:  # noqa: PTH123 - a descriptor has no path
+        view = memoryview(data)
+        while view:
+            view = view[file.write(view) :]
 
 
 def _run_in_thread_of_its_own(task: Callable[[], T]) -> T:

@@ -128,19 +128,21 @@ class XGBoostPredictor:
     @classmethod
     def sample(cls) -> bytes:
         """Return a small model to be loaded before any other: the library sets itself up in its first use."""
-        library, matrix, size, model = _library(), ctypes.c_void_p(), ctypes.c_uint64(), ctypes.c_void_p()
+        library, matrix = _library(), ctypes.c_void_p()
         rows = np.arange(64, dtype=np.float32).reshape(-1, 1)
         _check(library.XGDMatrixCreateFromDense(interface_of(rows), b'{"missing":NaN}', ctypes.byref(matrix)))
         _check(library.XGDMatrixSetInfoFromInterface(matrix, b"label", interface_of(rows)))
         handle = _new_booster(1, matrix)
         for round_ in range(_WARM_UP_ROUNDS):
             _check(library.XGBoosterUpdateOneIter(handle, round_, matrix))
-        into = ctypes.byref(size), ctypes.byref(model)
-        _check(library.XGBoosterSaveModelToBuffer(handle, b'{"format":"ubj"}', *into))
-        data = ctypes.string_at(model, size.value)
+        data = _saved(handle)
         library.XGBoosterFree(handle)
         library.XGDMatrixFree(matrix)
         return data
+
+    def as_ubjson(self) -> bytes:
+        """Return the model as UBJSON, which loads ten times faster than JSON."""
+        return _saved(self._handle)
 
     def predict(self, rows: Matrix, output: str) -> Matrix:
         """Return what ``Booster.predict`` returns, bit for bit."""
@@ -237,6 +239,13 @@ def _best_iteration(handle: ctypes.c_void_p) -> int | None:
     value, found = ctypes.c_char_p(), ctypes.c_int()
     _check(_library().XGBoosterGetAttr(handle, b"best_iteration", ctypes.byref(value), ctypes.byref(found)))
     return int(value.value) if found.value and value.value else None
+
+
+def _saved(handle: ctypes.c_void_p) -> bytes:
+    size, model = ctypes.c_uint64(), ctypes.c_void_p()
+    save = _library().XGBoosterSaveModelToBuffer
+    _check(save(handle, b'{"format":"ubj"}', ctypes.byref(size), ctypes.byref(model)))
+    return ctypes.string_at(model, size.value)
 
 
 def _number(function: Any, kind: type[Any], handle: ctypes.c_void_p) -> int:

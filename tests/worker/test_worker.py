@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import signal
@@ -393,6 +394,83 @@ def test_an_artifact_that_may_go_on_growing_says_what_it_has_and_asks_for_more(x
     xgboost_worker.command(wire.END, 34)
     xgboost_worker.command(wire.GRANT, 34, len(data))
     assert [xgboost_worker.report().kind for _ in range(2)] == [wire.STARTED, wire.LOADED]
+
+
+@pytest.mark.parametrize("kind", ["regression", "multiclass", "stopped", "linear", "dart"])
+@pytest.mark.parametrize("form", ["ubj", "json", "targz"])
+def test_a_model_is_saved_in_the_form_that_loads_fastest(
+    xgboost_worker: LoneWorker, tmp_path: Path, kind: str, form: str
+) -> None:
+    """Whatever it came in, the copy is bare UBJSON that gives the same answers, bit for bit, and says its digest."""
+    model, path = zoo.model(kind), tmp_path / "copy"
+    data = getattr(model, form)
+    xgboost_worker.command(wire.BEGIN, 35, 1 << 30, json.dumps({"save": str(path)}).encode())
+    xgboost_worker.command(wire.CHUNK, 35, 0, data)
+    xgboost_worker.command(wire.END, 35)
+    kinds = [xgboost_worker.report().kind for _ in range(2)]
+    saved = xgboost_worker.report()
+    copy = path.read_bytes()
+    assert kinds == [wire.STARTED, wire.LOADED]
+    assert (saved.kind, saved.number) == (wire.SAVED, len(copy))
+    digest = hashlib.sha256(copy).hexdigest()
+    assert saved.facts == {"digest": digest}
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert form == "json" or copy == model.ubj
+    facts = {"path": str(path), "digest": digest}
+    xgboost_worker.command(wire.OPEN, 36, 1 << 30, json.dumps(facts).encode())
+    reports = [xgboost_worker.report() for _ in range(2)]
+    assert [report.kind for report in reports] == [wire.STARTED, wire.LOADED]
+    assert (reports[1].facts["format"], reports[1].facts["container"]) == ("ubj", "raw")
+    rows = zoo.rows(5)
+    first, second = (xgboost_worker.values(1, number, rows) for number in (35, 36))
+    assert np.array_equal(first, second)
+    for number in (35, 36):
+        xgboost_worker.command(wire.UNLOAD, number)
+        assert xgboost_worker.report()[:2] == (wire.UNLOADED, number)
+
+
+def test_a_model_that_cannot_be_saved_serves_all_the_same(xgboost_worker: LoneWorker, tmp_path: Path) -> None:
+    """A4: the copy is an aside: no folder, or a file that is there already, is reported after the load."""
+    taken = tmp_path / "taken"
+    taken.write_bytes(b"another's")
+    for path in (tmp_path / "nowhere" / "copy", taken):
+        xgboost_worker.command(wire.BEGIN, 37, 1 << 30, json.dumps({"save": str(path)}).encode())
+        xgboost_worker.command(wire.CHUNK, 37, 0, zoo.model().ubj)
+        xgboost_worker.command(wire.END, 37)
+        reports = [xgboost_worker.report() for _ in range(3)]
+        assert [report.kind for report in reports] == [wire.STARTED, wire.LOADED, wire.SAVED]
+        assert str(path) in reports[2].facts["error"]
+        xgboost_worker.command(wire.UNLOAD, 37)
+        assert xgboost_worker.report().kind == wire.UNLOADED
+    assert taken.read_bytes() == b"another's"
+
+
+def test_a_damaged_copy_is_refused_before_it_is_parsed(xgboost_worker: LoneWorker, tmp_path: Path) -> None:
+    """A4: the digest of what is on the disk is checked at each load; a copy that has gone is no crash."""
+    path, data = tmp_path / "copy", bytearray(zoo.model().ubj)
+    digest = hashlib.sha256(data).hexdigest()
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    for number, facts in enumerate(({"path": str(path)}, {"path": str(tmp_path / "gone")}), 38):
+        xgboost_worker.command(wire.OPEN, number, 1 << 30, json.dumps(facts | {"digest": digest}).encode())
+        report = xgboost_worker.report()
+        assert (report.kind, report.facts["kind"]) == (wire.FAILED, "corrupt")
+
+
+def test_saving_leaves_no_bytes_in_the_worker(xgboost_worker: LoneWorker, tmp_path: Path) -> None:
+    """L1: what XGBoost makes the copy in is not kept: it would lie outside the measured bytes."""
+    data, sizes = zoo.model(trees=300).json, []
+    for number in range(40, 48):
+        facts = {"save": str(tmp_path / str(number))}
+        xgboost_worker.command(wire.BEGIN, number, 1 << 30, json.dumps(facts).encode())
+        xgboost_worker.command(wire.CHUNK, number, 0, data)
+        xgboost_worker.command(wire.END, number)
+        assert [xgboost_worker.report().kind for _ in range(3)] == [wire.STARTED, wire.LOADED, wire.SAVED]
+        xgboost_worker.command(wire.UNLOAD, number)
+        assert xgboost_worker.report().kind == wire.UNLOADED
+        xgboost_worker.command(wire.MEASURE, 0)
+        sizes.append(xgboost_worker.report().number)
+    assert max(sizes[2:]) - min(sizes[2:]) < len(data) // 10
 
 
 def test_an_arriving_artifact_can_be_given_up(xgboost_worker: LoneWorker) -> None:
