@@ -1,0 +1,286 @@
+"""The index of a disk tier: an SQLite database that all processes which share the folder read and write.
+
+SQLite in WAL mode, since a look-up then never waits for a publisher, and what a killed process had begun is undone by
+itself. It may lose the last publishes to a power failure, and stays consistent: it is synchronised once in some hundred
+publishes, when the log is written back. Nothing here is worth more than a download.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from modelcache.stores.disk_folder import CacheFolder
+
+_APPLICATION = 0x6D6F6463
+"""Says in the file's header whose database it is ("modc")."""
+_LAYOUT = 1
+_BUSY_TIMEOUT = 5.0
+"""Seconds to wait for another process to finish its transaction."""
+
+_DAMAGE = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_FORMAT})
+
+# The checks are what PRAGMA quick_check tries each row against: a damaged byte must not become a field of another type.
+_SCHEMA = f"""
+BEGIN IMMEDIATE;
+PRAGMA application_id = {_APPLICATION};
+PRAGMA user_version = {_LAYOUT};
+CREATE TABLE files (
+    digest TEXT PRIMARY KEY CHECK (typeof(digest) = 'text'),
+    size INTEGER NOT NULL CHECK (typeof(size) = 'integer' AND size >= 0),
+    cost REAL NOT NULL CHECK (typeof(cost) = 'real'),
+    serial INTEGER NOT NULL CHECK (typeof(serial) = 'integer'),
+    used INTEGER NOT NULL CHECK (typeof(used) = 'integer'),
+    uses INTEGER NOT NULL CHECK (typeof(uses) = 'integer')
+) WITHOUT ROWID;
+CREATE INDEX files_by_serial ON files (serial);
+CREATE TABLE copies (
+    store TEXT NOT NULL CHECK (typeof(store) = 'text'),
+    name TEXT NOT NULL CHECK (typeof(name) = 'text'),
+    version TEXT NOT NULL CHECK (typeof(version) = 'text'),
+    suffix TEXT NOT NULL CHECK (typeof(suffix) = 'text'),
+    digest TEXT NOT NULL CHECK (typeof(digest) = 'text'),
+    artifact_bytes INTEGER NOT NULL CHECK (typeof(artifact_bytes) = 'integer'),
+    validated_at REAL NOT NULL CHECK (typeof(validated_at) = 'real'),
+    PRIMARY KEY (store, name)
+) WITHOUT ROWID;
+CREATE INDEX copies_by_digest ON copies (digest);
+CREATE TABLE totals (
+    serial INTEGER NOT NULL CHECK (typeof(serial) = 'integer'),
+    bytes INTEGER NOT NULL CHECK (typeof(bytes) = 'integer'),
+    files INTEGER NOT NULL CHECK (typeof(files) = 'integer'),
+    copies INTEGER NOT NULL CHECK (typeof(copies) = 'integer')
+);
+INSERT INTO totals VALUES (0, 0, 0, 0);
+CREATE TRIGGER file_in AFTER INSERT ON files BEGIN
+    UPDATE totals SET bytes = bytes + new.size, files = files + 1; END;
+CREATE TRIGGER file_out AFTER DELETE ON files BEGIN
+    UPDATE totals SET bytes = bytes - old.size, files = files - 1; END;
+CREATE TRIGGER copy_in AFTER INSERT ON copies BEGIN UPDATE totals SET copies = copies + 1; END;
+CREATE TRIGGER copy_out AFTER DELETE ON copies BEGIN UPDATE totals SET copies = copies - 1; END;
+COMMIT;
+"""  # noqa: S608 - of two constants above
+
+_COPIES = """
+SELECT store, name, version, suffix, size, digest, artifact_bytes, validated_at, serial FROM copies JOIN files
+USING (digest)
+"""
+_FILES = "SELECT digest, size, cost, serial, uses FROM files "
+
+
+class ForeignIndexError(Exception):
+    """The database belongs to another program."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskCopy:
+    """A published copy of an artifact, in the form that loads fastest."""
+
+    store: str
+    name: str
+    version: str
+    """The store's token for the artifact that this was made from."""
+    suffix: str
+    """Of that artifact, as the store has it."""
+    size: int
+    """Bytes of the file."""
+    digest: str
+    """SHA-256 of the file as 64 lower-case hexadecimal digits: whoever reads it checks it."""
+    artifact_bytes: int
+    """Bytes of the artifact in the store."""
+    validated_at: float
+    """When the store last said that this is its version: wall-clock seconds."""
+    path: Path
+    """May be gone by the time it is opened, when another process has evicted it: then drop the copy."""
+    serial: int
+    """Tells this publication of these bytes from others."""
+
+
+class Totals(NamedTuple):
+    """What is published, by all processes."""
+
+    bytes: int
+    """Of all files; copies of equal bytes share one."""
+    files: int
+    copies: int
+
+
+class FileFacts(NamedTuple):
+    """What is known of a file."""
+
+    digest: str
+    size: int
+    cost: float
+    serial: int
+    uses: int
+
+
+class Index:
+    """The database. Everything here blocks, and raises sqlite3.Error; it is used by one thread at a time."""
+
+    def __init__(self, folder: CacheFolder) -> None:
+        self._folder = folder
+        # SQLite gives the files beside it the permissions of this one.
+        os.close(os.open(folder.index, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+        self._db = sqlite3.connect(
+            folder.index, timeout=_BUSY_TIMEOUT, isolation_level=None, check_same_thread=False, cached_statements=64
+        )
+        try:
+            self._prepare()
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _prepare(self) -> None:
+        if self._pragma("application_id") != _APPLICATION:
+            if self._one("SELECT count(*) FROM sqlite_master")[0]:
+                raise ForeignIndexError
+            self._db.executescript(_SCHEMA)
+        if self._pragma("user_version") != _LAYOUT:
+            raise sqlite3.DatabaseError("it was written by another version of modelcache")
+        if self._pragma("quick_check(1)") != "ok" or self._one("SELECT count(*) FROM totals")[0] != 1:
+            raise sqlite3.DatabaseError("its content is not consistent")
+        self._pragma("journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = NORMAL")
+
+    def close(self) -> None:
+        """Close it; the last process to do so writes the log back."""
+        self._db.close()
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Make all changes or none; no other process can write meanwhile."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+
+    # Reading
+
+    def totals(self) -> Totals:
+        """Return what all processes have published together."""
+        return Totals(*self._one("SELECT bytes, files, copies FROM totals"))
+
+    def copy(self, store: str, name: str) -> DiskCopy | None:
+        """Return the copy of that name."""
+        row = self._one(_COPIES + "WHERE store = ? AND name = ?", store, name)
+        return None if row is None else self._as_copy(row)
+
+    def copies(self) -> list[DiskCopy]:
+        """Return all copies."""
+        return [*map(self._as_copy, self._db.execute(_COPIES))]
+
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes of each listed file by digest."""
+        return dict(self._db.execute("SELECT digest, size FROM files"))
+
+    def file(self, digest: str) -> FileFacts | None:
+        """Return what is known of a file; None if it is not listed."""
+        row = self._one(_FILES + "WHERE digest = ?", digest)
+        return None if row is None else FileFacts(*row)
+
+    def names(self, digest: str) -> list[tuple[str, str]]:
+        """Return store and name of the copies that share a file."""
+        return self._db.execute("SELECT store, name FROM copies WHERE digest = ?", (digest,)).fetchall()
+
+    def files_after(self, serial: int) -> list[FileFacts]:
+        """Return the files that were published later than that one, the least recently used first."""
+        return [*map(FileFacts._make, self._db.execute(_FILES + "WHERE serial > ? ORDER BY used", (serial,)))]
+
+    # Writing
+
+    def put_file(self, digest: str, size: int, cost: float) -> int:
+        """List a file, in the place of an older publication of the same bytes; return its serial number."""
+        serial, uses = self._next_serial(), 1
+        if known := self.file(digest):
+            uses += known.uses
+            self._db.execute("DELETE FROM files WHERE digest = ?", (digest,))
+        self._db.execute(
+            "INSERT INTO files VALUES (?, ?, ?, ?, ?, ?)", (digest, size, float(cost), serial, serial, uses)
+        )
+        return serial
+
+    def put_copy(self, copy: DiskCopy) -> None:
+        """List a copy, whose file is listed; there must be none of its name."""
+        self._db.execute(
+            "INSERT INTO copies VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (
+                copy.store, copy.name, copy.version, copy.suffix, copy.digest, copy.artifact_bytes,
+                float(copy.validated_at),
+            ),
+        )  # fmt: skip
+
+    def validate(self, copy: DiskCopy, at: float) -> None:
+        """Note when the store has confirmed a version; nothing happens if another one is listed."""
+        self._db.execute(
+            "UPDATE copies SET validated_at = ? WHERE store = ? AND name = ? AND version = ?",
+            (float(at), copy.store, copy.name, copy.version),
+        )
+
+    def use(self, digest: str, times: int) -> None:
+        """Count uses of a file."""
+        self._db.execute(
+            "UPDATE files SET uses = uses + ?, used = ? WHERE digest = ?", (times, self._next_serial(), digest)
+        )
+
+    def remove_copy(self, store: str, name: str) -> str | None:
+        """Take a name off the list; return the digest of its file if no other name needs that any more."""
+        row = self._one("SELECT digest FROM copies WHERE store = ? AND name = ?", store, name)
+        if row is None:
+            return None
+        digest: str = row[0]
+        self._db.execute("DELETE FROM copies WHERE store = ? AND name = ?", (store, name))
+        return None if self.names(digest) else digest
+
+    def remove_file(self, digest: str) -> bool:
+        """Take a file and all its copies off the list; False says that it was not there."""
+        self._db.execute("DELETE FROM copies WHERE digest = ?", (digest,))
+        return self._db.execute("DELETE FROM files WHERE digest = ?", (digest,)).rowcount > 0
+
+    def recount(self) -> None:
+        """Make the totals what the rows say, whatever has happened to either."""
+        self._db.execute("DELETE FROM copies WHERE digest NOT IN (SELECT digest FROM files)")
+        self._db.execute("DELETE FROM files WHERE digest NOT IN (SELECT digest FROM copies)")
+        self._db.execute(
+            "UPDATE totals SET bytes = (SELECT ifnull(sum(size), 0) FROM files), files = (SELECT count(*) FROM files), "
+            "copies = (SELECT count(*) FROM copies), "
+            "serial = max(serial, (SELECT ifnull(max(max(serial, used)), 0) FROM files))"
+        )
+
+    # Helpers
+
+    def _next_serial(self) -> int:
+        self._db.execute("UPDATE totals SET serial = serial + 1")
+        serial: int = self._one("SELECT serial FROM totals")[0]
+        return serial
+
+    def _one(self, query: str, *values: Any) -> Any:
+        return self._db.execute(query, values).fetchone()
+
+    def _pragma(self, text: str) -> Any:
+        return self._one(f"PRAGMA {text}")[0]
+
+    def _as_copy(self, row: tuple[Any, ...]) -> DiskCopy:
+        store, name, version, suffix, size, digest, artifact_bytes, validated_at, serial = row
+        return DiskCopy(
+            store=store, name=name, version=version, suffix=suffix, size=size, digest=digest,
+            artifact_bytes=artifact_bytes, validated_at=validated_at, path=self._folder.model(digest), serial=serial,
+        )  # fmt: skip
+
+
+def is_damage(error: sqlite3.Error) -> bool:
+    """Tell a database that cannot be read from one that cannot be reached just now."""
+    if not isinstance(error, sqlite3.DatabaseError):
+        return False
+    return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF in _DAMAGE
