@@ -9,6 +9,7 @@ from modelcache.cache.policies import (
     S3FIFOPolicy,
 )
 from modelcache.errors import (
+    ArtifactChangedError,
     BudgetTimeoutError,
     CorruptArtifactError,
     FeatureMismatchError,
@@ -48,7 +49,7 @@ from modelcache.records import (
     WorkerStats,
 )
 from modelcache.registry import ModelRegistry
-from modelcache.stores import Artifact, ArtifactStore, LocalStore, MemoryStore, NotModified, open_store
+from modelcache.stores import Artifact, ArtifactStore, DiskTier, LocalStore, MemoryStore, NotModified, open_store
 from modelcache.worker.predictors import Predictor
 
 __version__ = "0.1.0"
@@ -76,6 +77,7 @@ __all__ = [
     # stores
     "Artifact",
     "ArtifactStore",
+    "DiskTier",
     "LocalStore",
     "MemoryStore",
     "NotModified",
@@ -90,6 +92,7 @@ __all__ = [
     # predictors
     "Predictor",
     # errors
+    "ArtifactChangedError",
     "BudgetTimeoutError",
     "CorruptArtifactError",
     "FeatureMismatchError",

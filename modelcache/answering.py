@@ -77,9 +77,7 @@ class Answering:
         trace = Trace()
         predictions = await self.predict(name, rows, output, timeout, trace)
         timings = trace.timings()
-        return Invocation(
-            predictions, self._state.info(trace.entry), "memory" if trace.waited is None else "store", timings
-        )
+        return Invocation(predictions, self._state.info(trace.entry), trace.tier, timings)
 
     async def predict_leased(self, lease: Lease, rows: Any, output: Output, timeout: float | None) -> Matrix:
         """Predict with the version that ``lease`` holds; :meth:`Lease.predict` is the way to call it."""

@@ -2,7 +2,7 @@
 
 The steps, each of which may fail or be cancelled, and then gives back what those before it took:
 
-1. for an archive, send its first chunk to a worker, which answers how large the model in it is;
+1. for an archive from the store, send its first chunk to a worker, which answers how large the model in it is;
 2. claim bytes from the ledger; only now, when the load is known to be possible, may others be evicted for it;
 3. stream the rest to the worker as it comes, growing the claim if the artifact is larger than it announced;
 4. when the worker has loaded and measured it, settle the claim and hand a lease to each waiter, in one step.
@@ -18,22 +18,32 @@ from modelcache.cache.entry import Entry
 from modelcache.cache.flight import Phase
 from modelcache.cache.sizes import Bounds
 from modelcache.errors import ModelTooLargeError, StoreUnavailableError
+from modelcache.origin import Saving
 from modelcache.residency import Place, Residency, Resident
+from modelcache.stores.disk_tier import DiskCopy
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
     from modelcache.cache.claims import Claim
     from modelcache.cache.flight import Flight
+    from modelcache.origin import Found
     from modelcache.pool.artifacts import LoadedFacts, Loading
     from modelcache.pool.pool import Pool, Worker
-    from modelcache.stores.base import Artifact
+_COPY = "copy"
 
-_RAW = (".ubj", ".json")
-"""Suffixes of artifacts whose own size is that of the model."""
+_RAW = (".ubj", ".json", _COPY)
+"""Kinds of artifacts whose own size is that of the model."""
 
 _PEEK = 64 << 10
 """Bytes of an archive sent before its bytes are claimed: enough for its headers."""
+
+
+async def _no_chunks() -> AsyncIterator[bytes]:
+    """Nothing passes through here of a local copy, which the worker reads by itself."""
+    return
+    yield
 
 
 class OutgrownError(Exception):
@@ -64,17 +74,26 @@ class Attempt:
         state: Residency,
         pool: Pool,
         flight: Flight,
-        artifact: Artifact,
+        found: Found,
         *,
         needed: int,
         started: float,
         asked_at: float,
+        copy_to: Path | None,
     ) -> None:
+        self.found = found
+        self.saving: Saving | None = None
+        """The copy that a worker has been told to make."""
+        self.place: Resident
+        """What has been loaded, once it is."""
         self._state = state
         self._pool = pool
         self._flight = flight
-        self._artifact = artifact
-        self._chunks: AsyncIterator[bytes] = aiter(artifact.chunks)
+        self._source = source = found.source
+        self._copy_to = copy_to
+        self._kind = _COPY if isinstance(source, DiskCopy) else source.suffix
+        """What its size is estimated by."""
+        self._chunks: AsyncIterator[bytes] = _no_chunks() if isinstance(source, DiskCopy) else aiter(source.chunks)
         self._needed = needed
         self._started = started
         self._asked_at = asked_at
@@ -84,15 +103,15 @@ class Attempt:
         """Bytes that the worker's account shows for it."""
         self._held_back = b""
         """What is left of the first chunk until its bytes are claimed."""
-        self._received = 0
+        self._received = source.artifact_bytes if isinstance(source, DiskCopy) else 0
+        """Bytes that the store has delivered, now or when the copy was made."""
         self._queued = 0.0
         """Seconds of waiting for bytes: no cost of the model."""
         self._downloading = 0.0
 
     async def scout(self) -> Bounds:
         """Find out what the model takes, without claiming anything for it."""
-        artifact, sizes = self._artifact, self._state.sizes
-        known = sizes.known(self._flight.key, artifact.version)
+        known = self._state.sizes.known(self._flight.key, self._source.version)
         if known:
             return Bounds(known, known)
         return self._bounds(await self._unpacked_bytes())
@@ -103,7 +122,7 @@ class Attempt:
         await self._stream()
         facts = await self._outcome()
         self._state.sizes.learn(
-            self._flight.key, self._artifact.version, self._artifact.suffix,
+            self._flight.key, self._source.version, self._kind,
             unpacked=facts.unpacked_bytes, measured=facts.size,
         )  # fmt: skip
         await self._grow(Bounds(facts.size, facts.size))
@@ -115,14 +134,14 @@ class Attempt:
 
     async def _prepare(self) -> None:
         """Claim the bytes that the load needs, and begin it."""
-        sizes, suffix = self._state.sizes, self._artifact.suffix
-        known = sizes.known(self._flight.key, self._artifact.version) or 0
+        sizes, kind = self._state.sizes, self._kind
+        known = sizes.known(self._flight.key, self._source.version) or 0
         if known or self._needed:
             claim = await self._claim(Bounds(known, max(known, self._needed)))
             # What a small model takes beyond its ratio is in the measured bytes already: without the second figure
             # the worker would ask for more than was measured, and others would be evicted for it in vain.
-            unpacked = sizes.unpacked(self._flight.key, self._artifact.version)
-            await self._begin(max(sizes.unpacked_within(claim.bytes, suffix), unpacked))
+            unpacked = sizes.unpacked(self._flight.key, self._source.version)
+            await self._begin(max(sizes.unpacked_within(claim.bytes, kind), unpacked))
             return
         unpacked = await self._unpacked_bytes()
         await self._claim(self._bounds(unpacked))
@@ -133,8 +152,8 @@ class Attempt:
 
     async def _unpacked_bytes(self) -> int:
         """Return the size of the model as the artifact announces it; of an archive, the worker reads it."""
-        if self._artifact.suffix in _RAW and self._artifact.size:
-            return self._artifact.size
+        if self._kind in _RAW and self._source.size:
+            return self._source.size
         loading = await self._begin(0)
         chunk = await anext(self._chunks, b"")
         await self._feed(chunk[:_PEEK])
@@ -145,7 +164,7 @@ class Attempt:
         return loading.needed
 
     def _bounds(self, unpacked: int) -> Bounds:
-        return self._state.sizes.bounds(unpacked, self._artifact.suffix)
+        return self._state.sizes.bounds(unpacked, self._kind)
 
     async def _claim(self, bounds: Bounds) -> Claim:
         """Wait for the upper bound, or for all the bytes there are if the model may yet fit into them."""
@@ -226,21 +245,28 @@ class Attempt:
 
     async def _begin(self, allowed: int) -> Loading:
         self._worker = await self._pool.place()
-        self._loading = self._worker.begin_load(self._pool.next_number(), allowed, self._artifact.digest)
+        number, source = self._pool.next_number(), self._source
+        if isinstance(source, DiskCopy):
+            self._loading = self._worker.open_copy(number, allowed, str(source.path), source.digest)
+        else:
+            save = str(self._copy_to) if self._copy_to is not None else None
+            self._loading = self._worker.begin_load(number, allowed, source.digest, save)
+        if self._loading.saved is not None and self._copy_to is not None:
+            self.saving = Saving(self._copy_to, self._loading.saved)
         self._charge()
         return self._loading
 
     def _grant(self, unpacked: int) -> None:
         assert self._loading is not None and self._flight.claim is not None
-        within = self._state.sizes.unpacked_within(self._flight.claim.bytes, self._artifact.suffix)
+        within = self._state.sizes.unpacked_within(self._flight.claim.bytes, self._kind)
         self._loading.grant(max(unpacked, within))
 
     async def _feed(self, chunk: bytes) -> None:
         assert self._loading is not None
         self._received += len(chunk)
-        if self._artifact.size is not None and self._received > self._artifact.size:
+        if self._source.size is not None and self._received > self._source.size:
             raise StoreUnavailableError(
-                f"The store delivers more than the {self._artifact.size:,} bytes it announced.",
+                f"The store delivers more than the {self._source.size:,} bytes it announced.",
                 model=self._flight.key,
             )
         self._downloading = self._elapsed()
@@ -248,8 +274,10 @@ class Attempt:
 
     async def _stream(self) -> None:
         """Pass the chunks on as they come; all of them, or the load fails."""
-        loading, size = self._loading, self._artifact.size
+        loading, size = self._loading, self._source.size
         assert loading is not None
+        if isinstance(self._source, DiskCopy):
+            return  # the worker reads it
         if self._held_back:
             await self._feed(self._held_back)
         async for chunk in self._chunks:
@@ -290,11 +318,12 @@ class Attempt:
 
     def _land(self, facts: LoadedFacts) -> None:
         """Make the model resident and hand everyone who waits a lease; one step."""
-        state, flight, artifact, claim = self._state, self._flight, self._artifact, self._flight.claim
+        state, flight, source, claim = self._state, self._flight, self._source, self._flight.claim
         assert self._worker and self._loading and claim
-        place = Resident(
-            self._worker, self._loading.model, artifact.version, self._received, artifact.suffix,
-            facts, self._downloading, self._elapsed() - self._downloading, checked_at=self._asked_at,
+        self.place = place = Resident(
+            self._worker, self._loading.model, source.version, self._received, source.suffix,
+            facts, self._downloading, self._elapsed() - self._downloading,
+            tier=self.found.tier, checked_at=self._asked_at - self.found.age, doubt=self.found.doubt,
         )  # fmt: skip
         older = state.ledger.table.get(flight.key)
         if flight.listed and older is not None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from modelcache.pool.lost import Epitaph
     from modelcache.pool.pool import Worker
     from modelcache.pool.requests import RequestChannel
-    from modelcache.records import Output
+    from modelcache.records import Output, Tier
     from modelcache.residency import Resident
 
     Matrix = NDArray[np.float32]
@@ -78,6 +78,11 @@ class Trace:
         """Seconds for the model to become resident; None for a hit."""
         self.asked = 0.0
         """When the worker that answered was asked."""
+
+    @property
+    def tier(self) -> Tier:
+        """Where the model was when the call came."""
+        return "memory" if self.waited is None else self.entry.value.tier
 
     def timings(self) -> Timings:
         """Say where the time went; the answer has just come."""

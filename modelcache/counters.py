@@ -11,6 +11,8 @@ from modelcache.stats import Histogram
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from modelcache.residency import Resident
+
 
 class Counters:
     """Running figures; the six with long names are those of SageMaker multi-model endpoints."""
@@ -26,15 +28,17 @@ class Counters:
         self.misses = 0
         self.joins = 0
         self.loads = 0
+        self.loads_from_disk = 0
         self.load_failures = 0
         self.refreshes = 0
         self._evictions: Counter[EvictionCause] = Counter()
 
-    def loaded(self, downloading: float, loading: float, resident: int) -> None:
+    def loaded(self, place: Resident, resident: int) -> None:
         """A model has become resident, one of ``resident``."""
         self.loads += 1
-        self.model_downloading_time.record(downloading)
-        self.model_loading_time.record(loading)
+        self.loads_from_disk += place.tier == "disk"
+        self.model_downloading_time.record(place.downloading)
+        self.model_loading_time.record(place.loading)
         self.loaded_model_count.record(resident)
 
     def evicted(self, cause: EvictionCause, idle: float, resident: int) -> None:

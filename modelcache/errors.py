@@ -9,6 +9,7 @@
     ├── ModelNotFoundError           (LookupError)   the store has no such name
     ├── StoreError                                   the store failed
     │   ├── StoreUnavailableError                    ... and may work later
+    │   │   └── ArtifactChangedError                 ... at once: the artifact was replaced while it was read
     │   └── StoreAccessDeniedError                   ... and will not, with these credentials
     ├── ModelLoadError                               the store delivered bytes that are no usable model
     │   ├── CorruptArtifactError                     damaged, truncated, or it crashes the worker
@@ -32,6 +33,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Self
 
 __all__ = [
+    "ArtifactChangedError",
     "BudgetTimeoutError",
     "CorruptArtifactError",
     "FeatureMismatchError",
@@ -118,6 +120,10 @@ class StoreError(ModelCacheError):
 
 class StoreUnavailableError(StoreError):
     """The store could not be reached, or asked for patience."""
+
+
+class ArtifactChangedError(StoreUnavailableError):
+    """The artifact was replaced while it was read: a load begins again, and gives up when that happens each time."""
 
 
 class StoreAccessDeniedError(StoreError):

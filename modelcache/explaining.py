@@ -57,9 +57,10 @@ def _resident(state: Residency, entry: Entry[Resident]) -> str:
 def _version(state: Residency, entry: Entry[Resident]) -> str:
     """Say why it is this version."""
     place, now = entry.value, state.clock()
-    came = "the one the store had at its first load" if place.replaced is None else f"it replaced {place.replaced}"
+    came = "loaded from the store" if place.tier == "store" else "loaded from the local copy"
+    came += f" in the place of {place.replaced}" if place.replaced is not None else ""
     if place.doubt is not None:
-        return f"Its version: {came}; it serves on since it could not be renewed: {place.doubt}"
+        return f"Its version was {came}; it serves on since it could not be renewed: {place.doubt}"
     checked = f"the store last had it {now - place.checked_at:.1f} s ago"
     if entry.key in state.flights.by_key:
         again = "is being asked again now"
@@ -67,7 +68,7 @@ def _version(state: Residency, entry: Entry[Resident]) -> str:
         again = "is not asked again before refresh()"
     else:
         again = f"is asked again by a call in {max(0.0, place.trusted_until - now):.1f} s or later"
-    return f"Its version: {came}; {checked}, and {again}."
+    return f"Its version was {came}; {checked}, and {again}."
 
 
 def _cold(state: Residency, key: str, past: Past) -> str:

@@ -9,58 +9,64 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
 from modelcache.attempt import Attempt, NoRoomError, OutgrownError
 from modelcache.cache.entry import State
 from modelcache.cache.flight import DesertedError, Phase
 from modelcache.errors import (
+    ArtifactChangedError,
     BudgetTimeoutError,
     LoadTimeoutError,
     ModelCacheError,
+    ModelLoadError,
     ModelNotFoundError,
     ModelTooLargeError,
     RegistryClosedError,
     StoreError,
     WorkerCrashedError,
 )
+from modelcache.origin import MEANT_FOR_ALL, DamagedCopyError, is_being_cancelled
 from modelcache.pool.lost import WorkerLostError
 from modelcache.quarantine import CRASHES_FORGIVEN, Quarantine
 from modelcache.slots import Slots
-from modelcache.stores.base import Artifact, NotModified
+from modelcache.stores.base import NotModified
+from modelcache.stores.disk_tier import DiskCopy
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from modelcache.cache.claims import Claim
     from modelcache.cache.flight import Flight
+    from modelcache.origin import Found, Origin
     from modelcache.pool.pool import Pool
     from modelcache.residency import Residency
-    from modelcache.stores.base import ArtifactStore
 
 logger = logging.getLogger("modelcache")
 
 _NEVER_REMEMBERED = (ModelTooLargeError, BudgetTimeoutError, RegistryClosedError)
 
-_MEANT_FOR_ALL = (KeyboardInterrupt, SystemExit)
+_CHANGES_FOLLOWED = 5
+"""So many times a load begins again because the artifact was replaced meanwhile."""
 
-_ACLOSE_TIMEOUT = 10.0
-"""Seconds for a store to let go of an artifact."""
+
+class LeftMeanwhileError(Exception):
+    """The version that was to be renewed is current, and has left the memory while the store was asked."""
 
 
 class Loader:
-    """Brings models from ``store`` into the workers of ``pool``; ``timeout`` is in seconds, for one load."""
+    """Brings models from their ``origin`` into the workers of ``pool``; ``timeout`` is in seconds, for one load."""
 
-    def __init__(self, state: Residency, store: ArtifactStore, pool: Pool, *, concurrency: int, timeout: float) -> None:
+    def __init__(self, state: Residency, origin: Origin, pool: Pool, *, concurrency: int, timeout: float) -> None:
         self._state = state
-        self._store = store
+        self._origin = origin
         self._pool = pool
         self._slots = Slots(concurrency, state.flights)
         self.timeout = timeout
         self.quarantine = Quarantine()
         self.tasks: set[asyncio.Task[None]] = set()
-        """All that fly, or have landed and still have to let go of their artifact."""
+        """All that fly, or have landed and still have to let go of their artifact, or to keep a copy of it."""
 
     def start(self, flight: Flight) -> None:
         """Fly ``flight`` in a task of its own."""
@@ -100,12 +106,19 @@ class Loader:
             self._state.flights.fail(flight, _closed(flight))
 
     async def _fly(self, flight: Flight) -> None:
+        landed = await self._try_to_land(flight)
+        if landed is not None and landed.saving is not None:
+            found, place = landed.found, landed.place
+            cost = place.load_seconds
+            await self._origin.keep(flight.key, found, landed.saving, received=place.artifact_bytes, cost=cost)
+
+    async def _try_to_land(self, flight: Flight) -> Attempt | None:
         try:
-            await self._bring(flight)
+            return await self._bring(flight)
         except asyncio.CancelledError as error:
-            if not _is_being_cancelled():
+            if not is_being_cancelled():
                 self._fail(flight, _store_error(flight.key, error))
-                return
+                return None
             self._state.flights.fail(flight, _closed(flight))
             raise
         except DesertedError:
@@ -114,8 +127,9 @@ class Loader:
             self._fail(flight, error)
         except BaseException as error:  # a store is anybody's code
             self._fail(flight, _store_error(flight.key, error))
-            if isinstance(error, _MEANT_FOR_ALL):
+            if isinstance(error, MEANT_FOR_ALL):
                 raise
+        return None
 
     def _fail(self, flight: Flight, error: ModelCacheError) -> None:
         if error.model is None:
@@ -128,16 +142,15 @@ class Loader:
         self._state.failed(flight.key, error, serves_on=serves_on)
         self._state.flights.fail(flight, error)
 
-    async def _bring(self, flight: Flight) -> None:
-        """Attempt the load until it is decided, within the load timeout."""
+    async def _bring(self, flight: Flight) -> Attempt | None:
+        """Attempt the load until it is decided, within the load timeout; return what has landed a model, if any has."""
         needed = crashes = 0
         deadline = 0.0
         while True:
             try:
                 async with self._slots.slot(flight):
                     deadline = deadline or asyncio.get_running_loop().time() + self.timeout
-                    if await self._attempt_by(deadline, flight, needed):
-                        return
+                    return await self._attempt_by(deadline, flight, needed)
             except OutgrownError as outgrown:
                 needed = outgrown.needed
             except NoRoomError as full:
@@ -147,10 +160,10 @@ class Loader:
                 if crashes > CRASHES_FORGIVEN:
                     raise _crashed(flight.key, lost) from lost
 
-    async def _attempt_by(self, deadline: float, flight: Flight, needed: int) -> bool:
+    async def _attempt_by(self, deadline: float, flight: Flight, needed: int) -> Attempt | None:
         try:
             async with asyncio.timeout_at(deadline) as limit:
-                return await self._attempt(flight, needed)
+                return await self._attempt_current(flight, needed)
         except TimeoutError as error:
             if not limit.expired():
                 raise  # the store's own
@@ -171,44 +184,61 @@ class Loader:
         finally:
             ledger.parked.pop(promise, None)
 
-    async def _attempt(self, flight: Flight, needed: int) -> bool:
-        """Say whether the flight has ended; if not, what it was to renew has left while the store confirmed it."""
+    async def _attempt_current(self, flight: Flight, needed: int) -> Attempt | None:
+        """Attempt the load of the version that is current, again if that is replaced or gone meanwhile."""
+        for _ in range(_CHANGES_FOLLOWED):
+            with suppress(ArtifactChangedError, DamagedCopyError, LeftMeanwhileError):
+                return await self._attempt(flight, needed)
+        return await self._attempt(flight, needed)
+
+    async def _attempt(self, flight: Flight, needed: int) -> Attempt | None:
+        """Return the attempt if it has landed a model; None if the flight has ended without one."""
         started, asked_at = time.perf_counter(), self._state.clock()
-        async with self._fetched(flight) as artifact:
-            if artifact is None:
-                return self._state.confirm(flight)
+        async with self._found(flight) as found:
+            if found is None:
+                if not self._state.confirm(flight):
+                    raise LeftMeanwhileError
+                return None
             attempt = Attempt(
-                self._state, self._pool, flight, artifact, needed=needed, started=started, asked_at=asked_at
-            )
+                self._state, self._pool, flight, found, needed=needed, started=started, asked_at=asked_at,
+                copy_to=self._origin.incoming(),
+            )  # fmt: skip
             try:
                 if flight.scouts:
                     bounds = await attempt.scout()
                     attempt.give_up()
                     self._state.flights.report(flight, bounds)
-                else:
-                    await attempt.load()
+                    return None
+                await attempt.load()
             except BaseException as error:
-                attempt.give_up()
-                if isinstance(error, WorkerLostError) and attempt.blame:
-                    self.quarantine.blame(flight.key, artifact.version, attempt.blame)
+                await self._give_up(flight, attempt, error)
                 raise
-        return True
+        return attempt
+
+    async def _give_up(self, flight: Flight, attempt: Attempt, error: BaseException) -> None:
+        attempt.give_up()
+        if attempt.saving is not None:
+            self._origin.abandon(attempt.saving)
+        source = attempt.found.source
+        if isinstance(error, WorkerLostError) and attempt.blame:
+            self.quarantine.blame(flight.key, source.version, attempt.blame)
+        if isinstance(error, ModelLoadError) and isinstance(source, DiskCopy):
+            await self._origin.drop(source, error)
 
     @asynccontextmanager
-    async def _fetched(self, flight: Flight) -> AsyncIterator[Artifact | None]:
-        """Ask the store for the artifact, None if it is the version to be renewed, and let go of it in the end."""
+    async def _found(self, flight: Flight) -> AsyncIterator[Found | None]:
+        """Find the artifact, None if it is the version to be renewed, and let go of it in the end."""
         flight.phase = Phase.LOADING
         held = flight.renews.value.version if flight.renews and flight.renews.state is State.READY else None
-        found = await self._store.fetch(flight.key, if_version=held)
-        if not isinstance(found, Artifact):
-            _check_expected(found, held, flight.key)
+        found = await self._origin.find(flight.key, held=held, fresh=flight.fresh)
+        if isinstance(found, NotModified):
             yield None
             return
         try:
-            self.quarantine.check(flight.key, found.version)
-            yield found if found.version != held else None
+            self.quarantine.check(flight.key, found.source.version)
+            yield found if found.source.version != held else None
         finally:
-            await _let_go(found)
+            await found.let_go()
 
     def _timed_out(self, flight: Flight) -> ModelCacheError:
         if flight.phase is Phase.STARVED:
@@ -216,32 +246,6 @@ class Loader:
         return LoadTimeoutError(
             f"Loading {flight.key} took more than {self.timeout:g} s (load_timeout).", model=flight.key
         )
-
-
-def _check_expected(answer: object, held: str | None, key: str) -> None:
-    if not isinstance(answer, NotModified) or held is None:
-        asked = "without" if held is None else "with"
-        raise StoreError(f"The store answered a fetch {asked} if_version with {answer!r}.", model=key)
-
-
-async def _let_go(artifact: Artifact) -> None:
-    """Close the artifact; whether the load has succeeded is decided by then, and a failure to close changes nothing."""
-    aclose = getattr(artifact.chunks, "aclose", None)
-    if aclose is None:
-        return
-    try:
-        async with asyncio.timeout(_ACLOSE_TIMEOUT):
-            await aclose()
-    except BaseException as error:
-        if _is_being_cancelled() or isinstance(error, _MEANT_FOR_ALL):
-            raise
-        logger.warning("the store failed to close an artifact: %s: %s", type(error).__name__, error)
-
-
-def _is_being_cancelled() -> bool:
-    """Say whether this task has been asked to end; a store may raise CancelledError over a task of its own."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
 
 
 def _store_error(key: str, error: BaseException) -> StoreError:

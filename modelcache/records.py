@@ -153,6 +153,8 @@ class RegistryStats:
     joins: int
     """Calls that shared a load which another had started."""
     loads: int
+    loads_from_disk: int
+    """Those of local copies, without the store."""
     load_failures: int
     refreshes: int
     """New versions that have taken the place of older ones."""
@@ -161,6 +163,8 @@ class RegistryStats:
     bytes_resident: int
     bytes_reserved: int
     bytes_unloading: int
+    bytes_on_disk: int
+    """Bytes of the local copies, those of other processes that share the folder included; 0 without a disk cache."""
     lru_age: float
     """Seconds since the least recently used model was used."""
     age_at_eviction: Summary

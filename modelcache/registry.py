@@ -25,12 +25,13 @@ from modelcache.leasing import Leasing
 from modelcache.lifecycle import Lifecycle
 from modelcache.loader import Loader
 from modelcache.names import check_name
+from modelcache.origin import Origin
 from modelcache.pool.pool import XGBOOST, Pool
 from modelcache.preloading import preload
 from modelcache.records import Invocation, RegistryStats, WorkerDied
 from modelcache.residency import Residency
 from modelcache.sizing import default_budget, parse_bytes, usable_cores
-from modelcache.stores import ArtifactStore, open_store
+from modelcache.stores import ArtifactStore, DiskTier, open_store
 
 if TYPE_CHECKING:
     import os
@@ -60,13 +61,14 @@ class ModelRegistry:
     ``store`` is a folder, a ``file://`` URL, or an :class:`ArtifactStore`; the registry closes it in the end.
     ``memory_budget`` is for all resident models together, in bytes or as text like "512 MiB"; by default half of what
     the container or host has available. ``workers`` defaults to the usable cores, ``threads_per_worker`` is XGBoost's
-    ``nthread`` in each. ``policy`` is "gdsf", "lru", "s3fifo", an :class:`EvictionPolicy`, a ``cachetools.Cache``, or a
-    callable returning one. ``load_timeout`` (seconds) bounds one load, ``load_concurrency`` how many run at once. A
-    failed load is remembered for ``failure_ttl`` seconds, doubling up to 30; 0 turns that off. A resident version is
-    trusted for ``refresh_after`` seconds; the next call after that is answered by it, and has the store asked in the
-    background for another. None: never; 0: each call. ``queue_limit`` is how
-    many calls may wait per worker. ``retain=False`` unloads each model after its call. ``predictor`` names a
-    :class:`Predictor` class as "package.module:Class"; it is imported in the workers. ``clock`` gives seconds.
+    ``nthread`` in each. ``disk_cache`` is a folder, or a :class:`DiskTier`, for local copies of what the store
+    delivers. ``policy`` is "gdsf", "lru", "s3fifo", an :class:`EvictionPolicy`, a ``cachetools.Cache``, or a callable
+    returning one. ``load_timeout`` (seconds) bounds one load, ``load_concurrency`` how many run at once. A failed load
+    is remembered for ``failure_ttl`` seconds, doubling up to 30; 0 turns that off. A resident version is trusted for
+    ``refresh_after`` seconds; the next call after that is answered by it, and has the store asked in the background for
+    another. None: never; 0: each call. ``queue_limit`` is how many calls may wait per worker. ``retain=False`` unloads
+    each model after its call. ``predictor`` names a :class:`Predictor` class as "package.module:Class"; it is imported
+    in the workers. ``clock`` gives seconds.
 
     Use it as ``async with``, or call :meth:`start` and :meth:`close`; the first call starts it too. All methods belong
     to one event loop.
@@ -79,6 +81,7 @@ class ModelRegistry:
         memory_budget: int | str | None = None,
         workers: int | None = None,
         threads_per_worker: int = 1,
+        disk_cache: str | os.PathLike[str] | DiskTier | None = None,
         policy: PolicySpec = "gdsf",
         load_timeout: float = 360.0,
         load_concurrency: int = 32,
@@ -114,7 +117,9 @@ class ModelRegistry:
             lost=self._worker_lost,
             unloaded=self._state.acknowledged,
         )
-        self._loader = Loader(self._state, self._store, self._pool, concurrency=load_concurrency, timeout=load_timeout)
+        tier = disk_cache if isinstance(disk_cache, DiskTier) or disk_cache is None else DiskTier(disk_cache)
+        self._origin = Origin(self._store, tier, refresh_after=refresh_after)
+        self._loader = Loader(self._state, self._origin, self._pool, concurrency=load_concurrency, timeout=load_timeout)
         self._load_concurrency = load_concurrency
         self._life = Lifecycle(on_fork=self._pool.abandon)
         self._leasing = Leasing(self._state, self._loader, self._life)
@@ -144,6 +149,7 @@ class ModelRegistry:
 
     async def _start(self) -> None:
         try:
+            await self._origin.open()
             await self._pool.start()
         except BaseException:
             self._starting = self._life.started_on = None
@@ -184,6 +190,7 @@ class ModelRegistry:
         if leaving:
             await asyncio.wait(leaving, timeout=_UNLOAD_PATIENCE)
         await self._pool.close()
+        await self._origin.close()
         try:
             async with asyncio.timeout(_STORE_PATIENCE) as limit:
                 await self._store.close()
@@ -377,7 +384,7 @@ class ModelRegistry:
 
     def stats(self) -> RegistryStats:
         """Return all figures; costs no await and no look at every model."""
-        return self._state.stats(self._pool)
+        return self._state.stats(self._pool, self._origin.tier)
 
     def explain(self, name: str) -> str:
         """Say why ``name`` is cold, resident, refused or was evicted, with the figures."""

@@ -31,6 +31,7 @@ from modelcache.records import (
     ModelLoaded,
     ModelRefreshed,
     RegistryStats,
+    Tier,
 )
 from modelcache.sizing import show_bytes
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from modelcache.errors import ModelCacheError
     from modelcache.pool.artifacts import LoadedFacts
     from modelcache.pool.pool import Pool, Worker
+    from modelcache.stores.disk_tier import DiskTier
 
 logger = logging.getLogger("modelcache")
 
@@ -76,6 +78,8 @@ class Resident(Place):
     """Seconds a row takes in a large call, as last measured, by what was asked for: contributions cost a thousand
     times what values do."""
     loaded_at: float = field(default_factory=time.time)
+    tier: Tier = field(default="store", kw_only=True)
+    """Where its bytes came from."""
     checked_at: float = field(default=0.0, kw_only=True)
     """When the store was last known to have this version, by the registry's clock."""
     trusted_until: float = field(default=inf, kw_only=True)
@@ -130,7 +134,7 @@ class Residency:
         place = entry.value
         place.worker.held[place.number] = entry
         place.trusted_until = place.checked_at + self._refresh_after
-        self.counters.loaded(place.downloading, place.loading, len(self.ledger.table))
+        self.counters.loaded(place, len(self.ledger.table))
         self.history.loaded(entry.key, place.load_seconds)
         if place.replaced is None:
             self.emit(ModelLoaded(self.info(entry)))
@@ -295,7 +299,7 @@ class Residency:
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
-    def stats(self, pool: Pool) -> RegistryStats:
+    def stats(self, pool: Pool, tier: DiskTier | None) -> RegistryStats:
         """Return all figures, most of them running sums."""
         counters, ledger, now = self.counters, self.ledger, self.clock()
         oldest = next(iter(ledger.table.values()), None)
@@ -310,6 +314,7 @@ class Residency:
             hits=counters.hits,
             joins=counters.joins,
             loads=counters.loads,
+            loads_from_disk=counters.loads_from_disk,
             load_failures=counters.load_failures,
             refreshes=counters.refreshes,
             evictions=counters.evictions,
@@ -317,6 +322,7 @@ class Residency:
             bytes_resident=ledger.resident,
             bytes_reserved=ledger.reserved,
             bytes_unloading=ledger.unloading,
+            bytes_on_disk=tier.bytes if tier is not None else 0,
             lru_age=now - oldest.last_used if oldest is not None else 0.0,
             age_at_eviction=counters.age_at_eviction.summary(),
             workers=tuple(worker.stats() for worker in pool.workers),

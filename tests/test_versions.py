@@ -108,7 +108,7 @@ async def test_a_new_version_takes_the_place_of_the_old_one(make_registry: MakeR
     assert (refreshed.model.version, refreshed.replaced) == (second.version, first.version)
     assert isinstance(evicted, ModelEvicted)
     assert (evicted.version, evicted.cause) == (first.version, "replaced")
-    assert f"it replaced {first.version}" in registry.explain("m")
+    assert f"in the place of {first.version}" in registry.explain("m")
 
 
 @pytest.mark.parametrize("kind", [Upright, Forgetful])

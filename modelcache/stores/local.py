@@ -13,6 +13,7 @@ import anyio.to_thread
 from cachetools import LRUCache
 
 from modelcache.errors import (
+    ArtifactChangedError,
     ModelNotFoundError,
     StoreAccessDeniedError,
     StoreError,
@@ -38,9 +39,9 @@ class LocalStore:
     A name without a suffix is looked for with ``.tar.gz``, ``.ubj`` and ``.json``, in that order. The suffix that
     answered is remembered and looked for first, as long as that file is there: keep one file for each name.
 
-    The version is the inode, the size and the modification time in nanoseconds. A file that is replaced while it is
-    read fails that read (replace by rename, so that readers see the old file or the new one). Links are followed
-    inside ``root`` and never out of it.
+    The version is the inode, the size and the modification time in nanoseconds. A file that is changed while it is
+    read ends that read with ArtifactChangedError, and a load begins again (replace by rename, so that readers see the
+    old file or the new one). Links are followed inside ``root`` and never out of it.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
@@ -162,7 +163,7 @@ async def _chunks(path: Path, found: os.stat_result, name: str) -> AsyncIterator
 async def _check_version(file: AsyncBufferedReader, version: str, name: str) -> None:
     found = os.fstat(file.fileno())  # of an open file: answered from memory
     if _version(found) != version:
-        raise StoreUnavailableError(
+        raise ArtifactChangedError(
             f"{name} was changed while it was read. Replace artifacts by rename, never in place.", model=name
         )
 

@@ -14,6 +14,7 @@ from anyio import to_thread
 import oracle
 from modelcache import (
     Artifact,
+    ArtifactChangedError,
     ArtifactStore,
     LocalStore,
     ModelNotFoundError,
@@ -99,7 +100,7 @@ async def test_a_file_that_changes_under_the_reader_fails_the_read(tmp_path: Pat
     replaced = await store.fetch("a")
     (tmp_path / "new").write_bytes(bytes(1 << 20))
     (tmp_path / "new").rename(file)
-    with pytest.raises(StoreUnavailableError, match="Replace artifacts by rename, never in place"):
+    with pytest.raises(ArtifactChangedError, match="Replace artifacts by rename, never in place"):
         await read(replaced)
     written = await store.fetch("a")
     assert isinstance(written, Artifact)
@@ -107,7 +108,7 @@ async def test_a_file_that_changes_under_the_reader_fails_the_read(tmp_path: Pat
     with file.open("r+b") as writer:
         writer.write(b"x" * 2000)
         os.utime(writer.fileno(), ns=(1, 1))
-    with pytest.raises(StoreUnavailableError, match="Replace artifacts by rename, never in place"):
+    with pytest.raises(ArtifactChangedError, match="Replace artifacts by rename, never in place"):
         await read(written)
 
 

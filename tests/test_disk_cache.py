@@ -1,0 +1,358 @@
+"""Rules A4, S2 and S3 of the disk cache: local copies, loaded without the store where they may be, and never wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import sys
+from typing import TYPE_CHECKING
+
+import numpy as np
+import psutil
+import pytest
+
+import oracle
+import zoo
+from modelcache import (
+    Artifact,
+    DiskTier,
+    ModelNotFoundError,
+    ModelRegistry,
+    NotModified,
+    StoreAccessDeniedError,
+    StoreUnavailableError,
+    origin,
+)
+from modelcache.pool.artifacts import ArtifactChannel
+from modelcache.testing import GatedStore
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from conftest import MakeRegistry
+    from zoo import Model
+
+ROWS = zoo.rows(2)
+OLD, NEW = zoo.model(), zoo.model(seed=1)
+
+
+class Remote(GatedStore):
+    """A store whose copies survive it, since it says whose they are."""
+
+    url = "test://bucket"
+
+    def __init__(self, artifacts: dict[str, bytes]) -> None:
+        super().__init__(artifacts)
+        self.open(*(name.partition(".")[0] for name in artifacts))
+        self.delivered = 0
+        self.error: Exception | None = None
+
+    async def fetch(self, name: str, *, if_version: str | None = None) -> Artifact | NotModified:
+        found = await super().fetch(name, if_version=if_version)
+        if self.error is not None:
+            raise self.error
+        self.delivered += isinstance(found, Artifact)
+        return found
+
+
+class Nameless(Remote):
+    url = None  # type: ignore[assignment]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Wall-clock seconds, in the only item."""
+    now = [1_000_000.0]
+    monkeypatch.setattr(origin, "wall_clock", lambda: now[0])
+    return now
+
+
+async def kept(registry: ModelRegistry) -> None:
+    """Wait until what was loaded has been copied."""
+    while registry._loader.tasks:
+        await asyncio.sleep(0)
+
+
+async def reload(registry: ModelRegistry, name: str = "m", model: Model = OLD) -> str:
+    """Have the model leave the memory and be loaded again; return where from."""
+    await kept(registry)
+    await registry.unload(name)
+    answer = await registry.invoke(name, ROWS)
+    assert np.array_equal(answer.predictions, model.expected(ROWS))
+    await kept(registry)
+    return answer.tier
+
+
+def copies(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.read_bytes().startswith(b"{"))
+
+
+@pytest.mark.parametrize("form", ["ubj", "json", "targz"])
+async def test_a_model_comes_back_without_the_store(make_registry: MakeRegistry, tmp_path: Path, form: str) -> None:
+    """After an eviction from memory the copy is loaded, bit-equal, and the store is not asked."""
+    name = {"ubj": "m.ubj", "json": "m.json", "targz": "m.tar.gz"}[form]
+    store = Remote({name: getattr(OLD, form)})
+    store.open("m")
+    registry = await make_registry(store, disk_cache=tmp_path)
+    first = await registry.invoke("m", ROWS)
+    assert first.tier == "store"
+    assert await reload(registry) == "disk"
+    assert len(store.fetches) == 1
+    info = registry.loaded()[0]
+    assert (info.version, info.artifact_bytes) == (first.model.version, len(getattr(OLD, form)))
+    assert (info.format, info.container) == ("ubj", "raw"), "the form that loads fastest"
+    stats = registry.stats()
+    assert (stats.loads, stats.loads_from_disk) == (2, 1)
+    assert stats.bytes_on_disk == len(copies(tmp_path)[0].read_bytes())
+    assert "loaded from the local copy" in registry.explain("m")
+    assert (await registry.invoke("m", ROWS)).tier == "memory"
+
+
+async def test_copies_survive_a_restart(make_registry: MakeRegistry, tmp_path: Path) -> None:
+    """A later registry on the same folder and store loads the copy; a DiskTier may be given instead of the folder."""
+    store = Remote({"m.ubj": OLD.ubj})
+    first = await make_registry(store, disk_cache=tmp_path)
+    await first.load("m")
+    await first.close()
+    second = await make_registry(Remote({}), disk_cache=DiskTier(tmp_path, budget="1 MiB"))
+    answer = await second.invoke("m", ROWS)
+    assert answer.tier == "disk"
+    assert np.array_equal(answer.predictions, OLD.expected(ROWS))
+
+
+async def test_copies_of_another_store_are_not_used(make_registry: MakeRegistry, tmp_path: Path) -> None:
+    """The same name in another store is another model."""
+    await (await make_registry(Remote({"m.ubj": OLD.ubj}), disk_cache=tmp_path)).load("m")
+    other = Remote({"m.ubj": NEW.ubj})
+    other.url = "test://other"
+    registry = await make_registry(other, disk_cache=tmp_path)
+    assert np.array_equal(await registry.predict("m", ROWS), NEW.expected(ROWS))
+
+
+async def test_a_store_without_url_has_to_confirm_copies(make_registry: MakeRegistry, tmp_path: Path) -> None:
+    """Of a store that does not say which one it is, copies of earlier registries are used when it has that version."""
+    await (await make_registry(Nameless({"m.ubj": OLD.ubj}), disk_cache=tmp_path)).load("m")
+    store = Nameless({"m.ubj": OLD.ubj})
+    registry = await make_registry(store, disk_cache=tmp_path)
+    assert (await registry.invoke("m", ROWS)).tier == "disk"
+    assert (len(store.fetches), store.delivered) == (1, 0)
+    assert await reload(registry) == "disk"
+    assert len(store.fetches) == 1, "confirmed once"
+    third = await make_registry(Nameless({"m.ubj": NEW.ubj}), disk_cache=tmp_path)
+    assert np.array_equal(await third.predict("m", ROWS), NEW.expected(ROWS))
+    down = Nameless({"m.ubj": NEW.ubj})
+    down.error = StoreUnavailableError("down")
+    with pytest.raises(StoreUnavailableError):
+        await (await make_registry(down, disk_cache=tmp_path)).predict("m", ROWS)
+
+
+# Versions
+
+
+async def test_an_old_copy_is_revalidated(make_registry: MakeRegistry, tmp_path: Path, clock: list[float]) -> None:
+    """refresh_after holds for copies: a load of an older one asks the store, which delivers only what has changed."""
+    store = Remote({"m.ubj": OLD.ubj})
+    registry = await make_registry(store, disk_cache=tmp_path, refresh_after=60)
+    await registry.load("m")
+    clock[0] += 59
+    assert await reload(registry) == "disk"
+    assert len(store.fetches) == 1
+    clock[0] += 1
+    assert await reload(registry) == "disk"
+    assert (len(store.fetches), store.delivered) == (2, 1)
+    clock[0] += 59
+    assert await reload(registry) == "disk"
+    assert len(store.fetches) == 2, "the confirmation counts"
+    clock[0] += 1
+    store.put("m.ubj", NEW.ubj)
+    assert await reload(registry, model=NEW) == "store"
+    assert await reload(registry, model=NEW) == "disk"
+    assert (len(store.fetches), store.delivered) == (3, 2)
+
+
+async def test_refresh_asks_whatever_copies_there_are(make_registry: MakeRegistry, tmp_path: Path) -> None:
+    """refresh of a model that is not resident asks the store, and uses the copy if it is current."""
+    store = Remote({"m.ubj": OLD.ubj})
+    registry = await make_registry(store, disk_cache=tmp_path)
+    await registry.load("m")
+    await kept(registry)
+    await registry.unload("m")
+    await registry.refresh("m")
+    assert (len(store.fetches), store.delivered) == (2, 1)
+    store.put("m.ubj", NEW.ubj)
+    await registry.refresh("m")
+    assert await reload(registry, model=NEW) == "disk"
+    store.remove("m.ubj")
+    with pytest.raises(ModelNotFoundError):
+        await registry.refresh("m")
+    await registry.unload("m")
+    with pytest.raises(ModelNotFoundError):
+        await registry.predict("m", ROWS)
+    assert registry.stats().bytes_on_disk == 0
+
+
+async def test_a_new_version_that_another_process_has_fetched_is_taken_from_its_copy(
+    make_registry: MakeRegistry, tmp_path: Path
+) -> None:
+    """Two registries on one folder: the second learns of the version from the store, and has the bytes already."""
+    store = Remote({"m.ubj": OLD.ubj})
+    one = await make_registry(store, disk_cache=tmp_path)
+    two = await make_registry(store, disk_cache=tmp_path)
+    await one.load("m")
+    await kept(one)
+    assert (await two.invoke("m", ROWS)).tier == "disk"
+    store.put("m.ubj", NEW.ubj)
+    await one.refresh("m")
+    await kept(one)
+    await two.refresh("m")
+    assert np.array_equal(await two.predict("m", ROWS), NEW.expected(ROWS))
+
+
+@pytest.mark.parametrize("error", [StoreUnavailableError("down"), OSError("no route to host")])
+async def test_a_store_that_is_down_does_not_stop_copies(
+    make_registry: MakeRegistry, tmp_path: Path, clock: list[float], error: Exception
+) -> None:
+    """S2: stale-if-error: better the version of a minute ago than none; explain() says so."""
+    store = Remote({"m.ubj": OLD.ubj})
+    registry = await make_registry(store, disk_cache=tmp_path, refresh_after=60)
+    await registry.load("m")
+    clock[0] += 61
+    store.error = error
+    assert await reload(registry) == "disk"
+    assert "it serves on since it could not be renewed" in registry.explain("m")
+
+
+async def test_a_store_that_refuses_is_not_got_round(
+    make_registry: MakeRegistry, tmp_path: Path, clock: list[float]
+) -> None:
+    """Access that was taken away is no outage: the copy is not used."""
+    store = Remote({"m.ubj": OLD.ubj})
+    registry = await make_registry(store, disk_cache=tmp_path, refresh_after=60)
+    await registry.load("m")
+    await kept(registry)
+    await registry.unload("m")
+    clock[0] += 61
+    store.error = StoreAccessDeniedError("no more")
+    with pytest.raises(StoreAccessDeniedError):
+        await registry.predict("m", ROWS)
+
+
+# Copies that are no good
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "gone"])
+async def test_a_damaged_copy_is_replaced(make_registry: MakeRegistry, tmp_path: Path, damage: str) -> None:
+    """A4: the digest is checked at each load; the caller gets the right answer, from the store."""
+    store = Remote({"m.ubj": OLD.ubj})
+    registry = await make_registry(store, disk_cache=tmp_path)
+    await registry.load("m")
+    await kept(registry)
+    (path,) = copies(tmp_path)
+    data = bytearray(path.read_bytes())
+    if damage == "flipped":
+        data[len(data) // 2] ^= 1
+    path.unlink()
+    if damage != "gone":
+        path.write_bytes(data[: len(data) // (1 + (damage == "truncated"))])
+    assert await reload(registry) == "store"
+    assert hashlib.sha256(copies(tmp_path)[0].read_bytes()).hexdigest() == copies(tmp_path)[0].name
+    assert await reload(registry) == "disk"
+    assert registry.stats().load_failures == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a folder that root cannot write to")
+async def test_a_folder_that_takes_no_more_is_streamed_past(
+    make_registry: MakeRegistry, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A4: where no copy can be written the model serves all the same, and a warning says why there is none."""
+    store = Remote({"m.ubj": OLD.ubj})
+    registry = await make_registry(store, disk_cache=tmp_path)
+    for folder in tmp_path.glob("*/*"):
+        if folder.is_dir():
+            folder.rename(folder.with_name("away"))
+    assert np.array_equal(await registry.predict("m", ROWS), OLD.expected(ROWS))
+    await kept(registry)
+    assert "copy" in caplog.text
+    assert await reload(registry) == "store"
+
+
+async def test_a_copy_beyond_the_budget_is_not_kept(make_registry: MakeRegistry, tmp_path: Path) -> None:
+    """The disk cache has a budget of its own."""
+    registry = await make_registry(Remote({"m.ubj": OLD.ubj}), disk_cache=DiskTier(tmp_path, budget=1000))
+    await registry.load("m")
+    assert await reload(registry) == "store"
+    assert copies(tmp_path) == []
+
+
+async def test_a_load_that_fails_leaves_no_file(make_registry: MakeRegistry, tmp_path: Path) -> None:
+    """Nothing half-written stays, whether the artifact is refused, or the load is cut off by close()."""
+    store = Remote({"m.ubj": OLD.ubj[:500], "n.ubj": OLD.ubj})
+    registry = await make_registry(store, disk_cache=tmp_path)
+    with pytest.raises(Exception, match="m"):
+        await registry.predict("m", ROWS)
+    unloading = asyncio.create_task(registry.predict("n", ROWS))
+    await store.fetched(2)
+    await registry.unload("n")
+    await unloading
+    await registry.close()
+    assert [path for path in tmp_path.rglob("incoming/**/*") if path.is_file() and path.stat().st_size] == []
+
+
+async def test_a_worker_that_is_killed_while_it_writes(
+    make_registry: MakeRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P1, A4: the model had landed; its copy is not kept, and the next load goes to the store."""
+    registry = await make_registry(Remote({"m.ubj": OLD.ubj}), disk_cache=tmp_path)
+    monkeypatch.setattr(ArtifactChannel, "_end_saving", _deaf(ArtifactChannel._end_saving))
+    (worker,) = (await registry.load("m")).workers
+    psutil.Process(worker).kill()
+    while not registry.stats().worker_restarts:
+        await asyncio.sleep(0)
+    await kept(registry)
+    assert copies(tmp_path) == []
+    assert (await registry.invoke("m", ROWS)).tier == "store"
+
+
+def _deaf(end_saving):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """Let only the end of a worker be heard, as if it had been killed before it reported."""
+
+    def end(channel: ArtifactChannel, model: int, saved: object) -> None:
+        if saved is None:
+            end_saving(channel, model, saved)
+
+    return end
+
+
+# Beside everything else
+
+
+async def test_groups_know_the_size_of_copies(make_registry: MakeRegistry, tmp_path: Path) -> None:
+    """L3: acquire_many with local copies asks the store for nothing."""
+    store = Remote({"a.json": OLD.json, "b.json": NEW.json})
+    store.open("a", "b")
+    first = await make_registry(store, disk_cache=tmp_path)
+    await first.preload(["a", "b"])
+    await kept(first)
+    registry = await make_registry(store, disk_cache=tmp_path)
+    asked = len(store.fetches)
+    async with registry.acquire_many(["a", "b"]) as leases:
+        for lease, model in zip(leases, (OLD, NEW), strict=True):
+            assert np.array_equal(await lease.predict(ROWS), model.expected(ROWS))
+    assert len(store.fetches) == asked
+
+
+async def test_many_models_cycle_through_memory_and_disk(make_registry: MakeRegistry, tmp_path: Path) -> None:
+    """Each model is fetched once, and all answers are right while memory and disk evict."""
+    models = {f"m{seed}": zoo.model(seed=seed) for seed in range(7)}
+    store = Remote({f"{name}.json": model.json for name, model in models.items()})
+    registry = await make_registry(store, disk_cache=tmp_path, workers=2)
+    size = (await registry.load("m0")).size_bytes
+    registry.resize(size * 3 + (64 << 10))
+    for _ in range(3):
+        answers = await asyncio.gather(*(registry.predict(name, ROWS) for name in models))
+        for answer, model in zip(answers, models.values(), strict=True):
+            assert np.array_equal(answer, model.expected(ROWS))
+        await kept(registry)
+        oracle.check(registry)
+    assert store.delivered == len(models)
+    assert registry.stats().loads_from_disk > 0
