@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test bench lint format clean
+.PHONY: help demo test nginx bench lint format clean
 
 help:
 	@echo "make demo    train ten cities' models, serve them from one process, draw a chart (./demo)"
@@ -17,8 +17,15 @@ help:
 demo: $(VENV)/.demo
 	$(BIN)/modelcache demo
 
-test: $(VENV)/.test
+test: $(VENV)/.test nginx
 	$(BIN)/python -m pytest
+
+# A web server for the tests of HTTPStore, which pip does not bring. Whoever is not root on Debian installs it or sees
+# these tests skipped.
+nginx:
+	@PATH="$$PATH:/usr/sbin"; command -v nginx >/dev/null || test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null || \
+		{ apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends nginx-light; } \
+		>/dev/null 2>&1 || true
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/latency.py
