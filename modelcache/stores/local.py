@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, Self
 
-import aiofiles
 import anyio.to_thread
 from cachetools import LRUCache
 
 from modelcache.errors import (
-    ArtifactChangedError,
     ModelNotFoundError,
     StoreAccessDeniedError,
     StoreError,
@@ -21,16 +18,12 @@ from modelcache.errors import (
 )
 from modelcache.names import SUFFIXES, is_name, split_suffix
 from modelcache.stores.base import Artifact, NotModified
+from modelcache.stores.files import GONE, NO_SUCH_FILE, OpenFile, open_below
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
-    from aiofiles.threadpool.binary import AsyncBufferedReader
-
-_CHUNK = 256 << 10
 _SUFFIXES_REMEMBERED = 100_000
-_GONE = frozenset({errno.ENOENT, errno.ENOTDIR})
-_NO_SUCH_FILE = _GONE | frozenset({errno.ENAMETOOLONG, errno.ELOOP})
 
 
 class LocalStore:
@@ -39,9 +32,10 @@ class LocalStore:
     A name without a suffix is looked for with ``.tar.gz``, ``.ubj`` and ``.json``, in that order. The suffix that
     answered is remembered and looked for first, as long as that file is there: keep one file for each name.
 
-    The version is the inode, the size and the modification time in nanoseconds. A file that is changed while it is
-    read ends that read with ArtifactChangedError, and a load begins again (replace by rename, so that readers see the
-    old file or the new one). Links are followed inside ``root`` and never out of it.
+    The version is the inode, the size and the modification time in nanoseconds. A file that is replaced by rename, or
+    removed, while it is read is delivered as it was when it was fetched; one that is written to meanwhile ends the read
+    with ArtifactChangedError, and a load begins again. Links are followed inside ``root`` and never out of it, also if
+    one takes the place of a folder between the look and the opening.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
@@ -49,14 +43,13 @@ class LocalStore:
         self._suffixes: LRUCache[str, str] = LRUCache(_SUFFIXES_REMEMBERED)
 
     async def fetch(self, name: str, *, if_version: str | None = None) -> Artifact | NotModified:
-        """Return the artifact."""
+        """Return the artifact. A small one has been read by then, of a larger one the file is open."""
         remembered = self._suffixes.get(name)  # looked up and noted here: in threads the cache would need a lock
-        path, found, suffix = await anyio.to_thread.run_sync(self._find, name, remembered)
+        file, suffix, first = await anyio.to_thread.run_sync(self._fetch, name, remembered, if_version)
         self._suffixes[name] = suffix
-        version = _version(found)
-        if version == if_version:
-            return NotModified(version)
-        return Artifact(version=version, size=found.st_size, suffix=suffix, chunks=_chunks(path, found, name))
+        if file.version == if_version:
+            return NotModified(file.version)
+        return Artifact(version=file.version, size=file.size, suffix=suffix, chunks=_Chunks(file, first))
 
     async def names(self, prefix: str = "") -> AsyncIterator[str]:
         """Yield the names that ``fetch`` serves, without suffixes, sorted, each name once.
@@ -73,26 +66,25 @@ class LocalStore:
     def __repr__(self) -> str:
         return str(self.root)
 
-    def _find(self, name: str, remembered: str | None = None) -> tuple[Path, os.stat_result, str]:
+    def _fetch(self, name: str, remembered: str | None, if_version: str | None) -> _Fetched:
+        """Do in one go all that needs a thread: each change of threads takes longer than to read a small model."""
+        file, suffix = self._find(name, remembered)
+        if file.version == if_version:
+            file.close()
+            return _Fetched(file, suffix, b"")
+        try:
+            return _Fetched(file, suffix, file.read())
+        except OSError as error:
+            raise _store_error(error, name) from error
+
+    def _find(self, name: str, remembered: str | None = None) -> tuple[OpenFile, str]:
         for stem, suffix in _candidates(name, remembered):
             try:
-                return *self._look(stem + suffix), suffix
+                return open_below(self.root, stem + suffix, name), suffix
             except OSError as error:
-                if error.errno not in _NO_SUCH_FILE:
+                if error.errno not in NO_SUCH_FILE:
                     raise _store_error(error, name) from error
         raise self._not_found(name)
-
-    def _look(self, name: str) -> tuple[Path, os.stat_result]:
-        found = (self.root / name).stat()  # first, since it is all that a suffix which is not there costs
-        root = Path(os.path.realpath(self.root))
-        path = Path(os.path.realpath(root / name))
-        if not path.is_relative_to(root):
-            raise StoreAccessDeniedError(
-                f"{name} is a link that leads out of {self.root}: copy the file into the folder.", model=name
-            )
-        if not stat.S_ISREG(found.st_mode):
-            raise StoreError(f"{path} is not a regular file; a model is one file.", model=name)
-        return path, found
 
     def _not_found(self, name: str) -> ModelNotFoundError:
         if not self.root.is_dir():
@@ -110,7 +102,7 @@ class LocalStore:
                 with os.scandir(self.root / folder) as entries:
                     yield from self._list_files(folder, list(entries), folders)
             except OSError as error:
-                if folder and error.errno in _GONE:
+                if folder and error.errno in GONE:
                     continue  # removed since the folder above it was listed, and its models with it
                 raise _store_error(error, str(error.filename)) from error
 
@@ -133,7 +125,7 @@ class LocalStore:
 
     def _serves(self, name: str) -> bool:
         try:
-            self._find(name)
+            self._find(name)[0].close()
         except (ModelNotFoundError, StoreError):
             return False
         return True
@@ -146,35 +138,47 @@ def _candidates(name: str, remembered: str | None = None) -> list[tuple[str, str
     return [(name, known) for known in sorted(SUFFIXES, key=lambda known: known != remembered)]
 
 
-async def _chunks(path: Path, found: os.stat_result, name: str) -> AsyncIterator[bytes]:
-    """Read the file that was found: the one opened must be that, and still be it at the end."""
-    version, left = _version(found), found.st_size
-    try:
-        async with aiofiles.open(path, "rb") as file:
-            await _check_version(file, version, name)
-            while left and (chunk := await file.read(_CHUNK)):
-                left -= len(chunk)
-                yield chunk
-            await _check_version(file, version, name)
-    except OSError as error:
-        raise _store_error(error, name) from error
+class _Fetched(NamedTuple):
+    file: OpenFile
+    suffix: str
+    first: bytes
+    """The first chunk; the only one unless the file is large."""
 
 
-async def _check_version(file: AsyncBufferedReader, version: str, name: str) -> None:
-    found = os.fstat(file.fileno())  # of an open file: answered from memory
-    if _version(found) != version:
-        raise ArtifactChangedError(
-            f"{name} was changed while it was read. Replace artifacts by rename, never in place.", model=name
-        )
+class _Chunks:
+    """Delivers a file, whose first chunk has been read.
 
+    A class, as ``aclose`` of a generator that was never started runs none of its code and would leave the file open.
+    """
 
-def _version(found: os.stat_result) -> str:
-    return f"{found.st_ino:x}-{found.st_size:x}-{found.st_mtime_ns:x}"
+    def __init__(self, file: OpenFile, first: bytes) -> None:
+        self._file = file
+        self._first = first
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        chunk, self._first = self._first, b""
+        if not chunk and not self._file.all_read:
+            chunk = await self._read()
+        if not chunk:
+            raise StopAsyncIteration
+        return chunk
+
+    async def _read(self) -> bytes:
+        try:
+            return await anyio.to_thread.run_sync(self._file.read)
+        except OSError as error:
+            raise _store_error(error, self._file.model) from error
+
+    async def aclose(self) -> None:
+        """Close the file, whether or not anything was read."""
+        self._first = b""
+        self._file.close()
 
 
 def _store_error(error: OSError, name: str) -> StoreError:
     if error.errno in (errno.EACCES, errno.EPERM):
-        return StoreAccessDeniedError(
-            f"No permission to read {error.filename}: make it readable for this user.", model=name
-        )
-    return StoreUnavailableError(f"Reading {name} failed: {error}.", model=name)
+        return StoreAccessDeniedError(f"No permission to read {name}: make it readable for this user.", model=name)
+    return StoreUnavailableError(f"Reading {name} failed: {error.strerror or error}.", model=name)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
+import socket
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,10 +28,11 @@ from modelcache import (
     open_store,
 )
 from modelcache.names import check_name
+from modelcache.stores import local
 from modelcache.testing import check_store
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
 
 async def read(artifact: Artifact | NotModified) -> bytes:
@@ -93,47 +97,105 @@ async def test_a_replaced_file_is_another_version(tmp_path: Path) -> None:
     assert len({first.version, second.version, third.version}) == 3
 
 
-async def test_a_file_that_changes_under_the_reader_fails_the_read(tmp_path: Path) -> None:
-    """A4: bytes of two versions are never mixed: replaced before the first byte, or written to before the last."""
+@pytest.mark.parametrize("size", [5, 1 << 20])
+async def test_a_file_that_is_replaced_or_removed_is_delivered_as_it_was(tmp_path: Path, size: int) -> None:
+    """A4: a rename over a file, at whatever moment, leaves the reader the old version."""
     store, file = LocalStore(tmp_path), tmp_path / "a.ubj"
-    file.write_bytes(bytes(1 << 20))
-    replaced = await store.fetch("a")
-    (tmp_path / "new").write_bytes(bytes(1 << 20))
+    file.write_bytes(b"1" * size)
+    artifacts = [await store.fetch("a") for _ in range(2)]
+    (tmp_path / "new").write_bytes(b"2" * size)
     (tmp_path / "new").rename(file)
-    with pytest.raises(ArtifactChangedError, match="Replace artifacts by rename, never in place"):
-        await read(replaced)
-    written = await store.fetch("a")
-    assert isinstance(written, Artifact)
-    assert len(await anext(written.chunks)) < 1 << 20
-    with file.open("r+b") as writer:
-        writer.write(b"x" * 2000)
-        os.utime(writer.fileno(), ns=(1, 1))
-    with pytest.raises(ArtifactChangedError, match="Replace artifacts by rename, never in place"):
-        await read(written)
-
-
-async def test_a_file_that_vanishes_fails_the_read(tmp_path: Path) -> None:
-    """A file that is gone by the time it is read is a failure of the store, not of the model."""
-    store, file = LocalStore(tmp_path), tmp_path / "a.ubj"
-    file.write_bytes(b"one")
-    artifact = await store.fetch("a")
+    artifacts.append(await store.fetch("a"))
+    assert isinstance(artifacts[0], Artifact)
+    start = await anext(artifacts[0].chunks)
     file.unlink()
-    with pytest.raises(StoreUnavailableError, match="Reading a failed"):
+    assert [start + await read(artifacts[0]), await read(artifacts[1])] == [b"1" * size] * 2
+    assert await read(artifacts[2]) == b"2" * size
+
+
+@pytest.mark.parametrize("change", ["overwritten", "truncated", "appended to"])
+async def test_a_file_that_is_written_to_under_the_reader_fails_the_read(tmp_path: Path, change: str) -> None:
+    """A4: bytes of two versions are never mixed, nor is a part of one taken for all of it."""
+    descriptors = oracle.open_descriptors()
+    file = tmp_path / "a.ubj"
+    file.write_bytes(bytes(1 << 20))
+    artifact = await LocalStore(tmp_path).fetch("a")
+    assert isinstance(artifact, Artifact)
+    assert len(await anext(artifact.chunks)) < 1 << 20
+    with file.open("a+b" if change == "appended to" else "r+b") as writer:
+        writer.truncate(1 << 19 if change == "truncated" else None)
+        writer.write(b"x" * 2000)
+        writer.flush()
+        os.utime(writer.fileno(), ns=(1, 1))
+    with pytest.raises(ArtifactChangedError, match="Replace artifacts by rename, never in place") as caught:
         await read(artifact)
+    assert caught.value.model == "a"
+    assert oracle.open_descriptors() == descriptors
 
 
-async def test_a_read_that_is_given_up_closes_its_file(tmp_path: Path) -> None:
-    """A store holds no file open beyond a read, finished or not."""
+async def test_a_file_is_open_only_while_more_of_it_is_wanted(tmp_path: Path) -> None:
+    """A store holds no file open beyond a read, finished, given up, not begun or forgotten; nor a small one at all."""
+    descriptors = oracle.open_descriptors()
+    for name, size in (("empty", 0), ("small", 70_000), ("large", 1 << 20)):
+        (tmp_path / f"{name}.ubj").write_bytes(bytes(size))
+    store = LocalStore(tmp_path)
+    for name in ("empty", "small"):
+        artifact = await store.fetch(name)
+        assert oracle.open_descriptors() == descriptors
+    chunks: list[Any] = []
+    for _ in range(4):
+        artifact = await store.fetch("large")
+        assert isinstance(artifact, Artifact)
+        assert isinstance(await store.fetch("large", if_version=artifact.version), NotModified)
+        chunks.append(artifact.chunks)
+        assert oracle.open_descriptors() == descriptors + len(chunks)
+    finished, given_up, not_begun, _ = chunks
+    del artifact, chunks, _
+    assert oracle.open_descriptors() == descriptors + 3, "nobody has the fourth"
+    assert sum([len(chunk) async for chunk in finished]) == 1 << 20
+    assert oracle.open_descriptors() == descriptors + 2
+    await anext(given_up)
+    await anext(given_up)
+    for artifact in (given_up, not_begun, not_begun):
+        await artifact.aclose()
+    assert oracle.open_descriptors() == descriptors
+    assert [chunk async for chunk in not_begun] == []
+
+
+@pytest.mark.parametrize("step", ["open", "read"])
+async def test_a_call_that_is_cancelled_leaves_no_file_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """A thread that comes back with an open file, and finds that nobody waits for it any more, closes it."""
     descriptors = oracle.open_descriptors()
     (tmp_path / "a.ubj").write_bytes(bytes(1 << 20))
-    artifact = await LocalStore(tmp_path).fetch("a")
-    assert oracle.open_descriptors() == descriptors, "nothing is open before the first chunk is asked for"
-    assert isinstance(artifact, Artifact)
-    chunks: Any = artifact.chunks
-    await anext(chunks)
-    assert oracle.open_descriptors() == descriptors + 1
-    await chunks.aclose()
-    assert oracle.open_descriptors() == descriptors
+    store = LocalStore(tmp_path)
+    if step == "read":
+        artifact = await store.fetch("a")
+        assert isinstance(artifact, Artifact)
+        chunks: Any = artifact.chunks
+        await anext(chunks)
+    entered, leave, do_read = threading.Event(), threading.Event(), os.read
+
+    def stuck(descriptor: int, count: int) -> bytes:
+        entered.set()
+        leave.wait()
+        return do_read(descriptor, count)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "read", stuck)
+        call = asyncio.create_task(anext(chunks) if step == "read" else store.fetch("a"))
+        while not entered.is_set():
+            await asyncio.sleep(0)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        if step == "read":
+            await chunks.aclose()
+        assert oracle.open_descriptors() == descriptors + 1, "the thread still reads from it"
+        leave.set()
+        while oracle.open_descriptors() > descriptors:
+            await asyncio.sleep(0)
 
 
 async def test_links_stay_inside_the_folder(tmp_path: Path) -> None:
@@ -160,6 +222,68 @@ async def test_links_stay_inside_the_folder(tmp_path: Path) -> None:
             await store.fetch(name)
 
 
+async def test_a_link_that_takes_the_place_of_a_folder_leads_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing outside of the folder is opened, at whatever moment of a fetch a folder is swapped for a link."""
+    folder = tmp_path / "models"
+    for tenant in (folder / "tenant", tmp_path / "outside"):
+        tenant.mkdir(parents=True)
+        (tenant / "a.ubj").write_bytes(tenant.name.encode())
+    (folder / "link").symlink_to("tenant")
+    do_open, moments = os.open, 0
+    for name in ("tenant/a", "link/a"):
+        for moment in range(1, 10):
+            calls = 0
+
+            def swap(path: Any, flags: int, *, moment: int = moment, **options: Any) -> int:
+                nonlocal calls, moments
+                calls += 1
+                if calls == moment:
+                    (folder / "tenant").rename(folder / "moved")
+                    (folder / "tenant").symlink_to("../outside")
+                    moments += 1
+                return do_open(path, flags, **options)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "open", swap)
+                try:
+                    assert await read(await LocalStore(folder).fetch(name + ".ubj")) == b"tenant"
+                except StoreAccessDeniedError as error:
+                    assert "is a link that leads out of" in str(error)
+            if (folder / "tenant").is_symlink():
+                (folder / "tenant").unlink()
+                (folder / "moved").rename(folder / "tenant")
+    assert moments == 3 + 4, "before each opening of a folder or file"
+
+
+async def test_a_link_that_moves_on_is_followed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A release that is switched by a link, and the old one removed, in the middle of a fetch costs no call."""
+    for number in range(10):
+        (tmp_path / f"v{number}").mkdir()
+        (tmp_path / f"v{number}" / "a.ubj").write_bytes(b"%d" % number)
+    (tmp_path / "current").symlink_to("v0")
+    resolve: Callable[[Any], str] = os.path.realpath
+    switches = 0
+
+    def switch(path: Any) -> str:
+        nonlocal switches
+        found = resolve(path)
+        if Path(path) != tmp_path and switches < last:
+            (tmp_path / f"v{switches}" / "a.ubj").unlink()
+            switches += 1
+            (tmp_path / "current").unlink()
+            (tmp_path / "current").symlink_to(f"v{switches}")
+        return found
+
+    monkeypatch.setattr(os.path, "realpath", switch)
+    last = 3
+    assert await read(await LocalStore(tmp_path).fetch("current/a.ubj")) == b"3"
+    last = 9
+    with pytest.raises(ModelNotFoundError):
+        await LocalStore(tmp_path).fetch("current/a.ubj")
+
+
 async def test_the_folder_itself_may_be_a_link(tmp_path: Path) -> None:
     """What leads out is measured from where the folder really is."""
     (tmp_path / "real").mkdir()
@@ -168,12 +292,15 @@ async def test_the_folder_itself_may_be_a_link(tmp_path: Path) -> None:
     assert await read(await LocalStore(tmp_path / "link").fetch("a")) == b"one"
 
 
-async def test_only_regular_files_are_artifacts(tmp_path: Path) -> None:
-    """Neither a directory nor a pipe is opened, however it is named."""
+async def test_only_regular_files_are_artifacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a directory nor a pipe or socket is read, however it is named."""
     (tmp_path / "folder.ubj").mkdir()
     os.mkfifo(tmp_path / "pipe.ubj")
     store = LocalStore(tmp_path)
-    for name in ("folder", "pipe"):
+    with socket.socket(socket.AF_UNIX) as listener:
+        monkeypatch.chdir(tmp_path)
+        listener.bind("socket.ubj")  # a full path may be too long for one
+    for name in ("folder", "pipe", "socket"):
         with pytest.raises(StoreError, match="is not a regular file; a model is one file"):
             await store.fetch(name)
 
@@ -202,14 +329,27 @@ async def test_errors_of_the_file_system(
 ) -> None:
     """S1: no permission is final, anything else may work later; both name the model."""
 
-    def fail(path: Path, **_: object) -> None:
-        raise OSError(number, os.strerror(number), str(path))
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(Path, "stat", fail)
-    with pytest.raises(kind, match=message) as caught:
-        await LocalStore(tmp_path).fetch("a")
-    assert type(caught.value) is kind
-    assert caught.value.model == "a"
+    (tmp_path / "a.ubj").write_bytes(bytes(1 << 20))
+    artifact = await LocalStore(tmp_path).fetch("a")
+    assert isinstance(artifact, Artifact)
+    await anext(artifact.chunks)
+    calls: dict[str, Callable[[], Awaitable[object]]] = {
+        "open": lambda: LocalStore(tmp_path).fetch("a"),
+        "fstat": lambda: LocalStore(tmp_path).fetch("a"),
+        "read": lambda: LocalStore(tmp_path).fetch("a"),
+    }
+    descriptors = oracle.open_descriptors()
+    for function, call in (*calls.items(), ("read", lambda: read(artifact))):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, function, fail)
+            with pytest.raises(kind, match=message) as caught:
+                await call()
+        assert type(caught.value) is kind
+        assert caught.value.model == "a"
+    assert oracle.open_descriptors() == descriptors - 1, "what could not be read is closed"
 
 
 async def test_names_are_relative_and_come_once(tmp_path: Path) -> None:
@@ -261,7 +401,7 @@ async def test_listing_opens_no_artifact(tmp_path: Path, monkeypatch: pytest.Mon
     """A folder knows what its entries are: a file that nobody may read is listed, and none is even looked at."""
     for file in ("a.ubj", "b.json"):
         (tmp_path / file).touch(mode=0)
-    monkeypatch.setattr(LocalStore, "_look", None)
+    monkeypatch.setattr(local, "open_below", None)
     assert [name async for name in LocalStore(tmp_path).names()] == ["a", "b"]
 
 
