@@ -7,7 +7,17 @@ A store is any object with ``fetch`` and ``close``; see :class:`ArtifactStore`. 
 from modelcache.stores.base import Artifact, ArtifactStore, NotModified
 from modelcache.stores.disk_tier import DiskTier
 from modelcache.stores.local import LocalStore
+from modelcache.stores.manifest import Manifest
 from modelcache.stores.memory import MemoryStore
 from modelcache.stores.opening import open_store
 
-__all__ = ["Artifact", "ArtifactStore", "DiskTier", "LocalStore", "MemoryStore", "NotModified", "open_store"]
+__all__ = [
+    "Artifact",
+    "ArtifactStore",
+    "DiskTier",
+    "LocalStore",
+    "Manifest",
+    "MemoryStore",
+    "NotModified",
+    "open_store",
+]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 import anyio.to_thread
-from cachetools import LRUCache
 
 from modelcache.errors import (
     ModelNotFoundError,
@@ -16,14 +15,16 @@ from modelcache.errors import (
     StoreError,
     StoreUnavailableError,
 )
-from modelcache.names import SUFFIXES, is_name, split_suffix
 from modelcache.stores.base import Artifact, NotModified
 from modelcache.stores.files import GONE, NO_SUCH_FILE, OpenFile, open_below
+from modelcache.stores.manifest import MANIFEST, Manifest
+from modelcache.stores.suffixes import Suffixes, name_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
-_SUFFIXES_REMEMBERED = 100_000
+    Candidates = list[tuple[str, str]]
+    """Files to look for, each with its suffix."""
 
 
 class LocalStore:
@@ -36,20 +37,28 @@ class LocalStore:
     removed, while it is read is delivered as it was when it was fetched; one that is written to meanwhile ends the read
     with ArtifactChangedError, and a load begins again. Links are followed inside ``root`` and never out of it, also if
     one takes the place of a folder between the look and the opening.
+
+    ``manifest`` is the file that lists the SHA-256 of every artifact, which is enforced if it is there
+    (:mod:`modelcache.stores.manifest`); None: there is none.
     """
 
-    def __init__(self, root: str | os.PathLike[str]) -> None:
+    def __init__(self, root: str | os.PathLike[str], *, manifest: str | None = MANIFEST) -> None:
         self.root = Path(root).expanduser()
-        self._suffixes: LRUCache[str, str] = LRUCache(_SUFFIXES_REMEMBERED)
+        self.url = self.root.absolute().as_uri()
+        """Tells whose copies those in a disk cache are."""
+        self._suffixes = Suffixes()
+        self._manifest = Manifest(manifest, self._fetch_file)
 
     async def fetch(self, name: str, *, if_version: str | None = None) -> Artifact | NotModified:
         """Return the artifact. A small one has been read by then, of a larger one the file is open."""
-        remembered = self._suffixes.get(name)  # looked up and noted here: in threads the cache would need a lock
-        file, suffix, first = await anyio.to_thread.run_sync(self._fetch, name, remembered, if_version)
-        self._suffixes[name] = suffix
-        if file.version == if_version:
-            return NotModified(file.version)
-        return Artifact(version=file.version, size=file.size, suffix=suffix, chunks=_Chunks(file, first))
+        candidates = self._suffixes.candidates(name)  # here: in threads what is remembered would need a lock
+        found = await anyio.to_thread.run_sync(self._fetch, name, candidates, if_version)
+        self._suffixes.remember(name, found.suffix)
+        return await self._manifest.enforce(found.path, found.answer(if_version))
+
+    async def _fetch_file(self, name: str, *, if_version: str | None = None) -> Artifact | NotModified:
+        """Return the file of this very name, whatever the manifest says."""
+        return (await anyio.to_thread.run_sync(self._fetch, name, [(name, "")], if_version)).answer(if_version)
 
     async def names(self, prefix: str = "") -> AsyncIterator[str]:
         """Yield the names that ``fetch`` serves, without suffixes, sorted, each name once.
@@ -66,21 +75,22 @@ class LocalStore:
     def __repr__(self) -> str:
         return str(self.root)
 
-    def _fetch(self, name: str, remembered: str | None, if_version: str | None) -> _Fetched:
+    def _fetch(self, name: str, candidates: Candidates, if_version: str | None) -> _Fetched:
         """Do in one go all that needs a thread: each change of threads takes longer than to read a small model."""
-        file, suffix = self._find(name, remembered)
+        path, suffix, file = self._find(name, candidates)
         if file.version == if_version:
             file.close()
-            return _Fetched(file, suffix, b"")
+            return _Fetched(path, suffix, file, b"")
         try:
-            return _Fetched(file, suffix, file.read())
+            return _Fetched(path, suffix, file, file.read())
         except OSError as error:
             raise _store_error(error, name) from error
 
-    def _find(self, name: str, remembered: str | None = None) -> tuple[OpenFile, str]:
-        for stem, suffix in _candidates(name, remembered):
+    def _find(self, name: str, candidates: Candidates) -> tuple[str, str, OpenFile]:
+        """Open the first of ``candidates`` that there is."""
+        for path, suffix in candidates:
             try:
-                return open_below(self.root, stem + suffix, name), suffix
+                return path, suffix, open_below(self.root, path, name)
             except OSError as error:
                 if error.errno not in NO_SUCH_FILE:
                     raise _store_error(error, name) from error
@@ -89,7 +99,7 @@ class LocalStore:
     def _not_found(self, name: str) -> ModelNotFoundError:
         if not self.root.is_dir():
             return ModelNotFoundError(f"The folder {self.root} does not exist.", model=name)
-        tried = ", ".join(stem + suffix for stem, suffix in _candidates(name))
+        tried = ", ".join(path for path, _ in Suffixes().candidates(name))
         return ModelNotFoundError(f"There is no model {name!r} in {self.root} (looked for {tried}).", model=name)
 
     def _list(self) -> Iterator[str]:
@@ -114,35 +124,33 @@ class LocalStore:
             name = folder + entry.name
             if entry.is_dir(follow_symlinks=False):
                 folders.append(name + "/")
-            stem, suffix = split_suffix(name)
-            if suffix:
-                # A stem that has a suffix itself would be taken for the name of another file.
-                found = name if split_suffix(stem)[1] else stem
+            found = name_of(name) if name != self._manifest.name else ""
+            if found:
                 (regular if entry.is_file(follow_symlinks=False) else other).add(found)
         # A link, a pipe or a folder may hide the file of the next suffix: what is not all regular is looked at.
-        yield from (name for name in regular - other if is_name(name))
-        yield from (name for name in other if is_name(name) and self._serves(name))
+        yield from regular - other
+        yield from filter(self._serves, other)
 
     def _serves(self, name: str) -> bool:
         try:
-            self._find(name)[0].close()
+            self._find(name, Suffixes().candidates(name))[2].close()
         except (ModelNotFoundError, StoreError):
             return False
         return True
 
 
-def _candidates(name: str, remembered: str | None = None) -> list[tuple[str, str]]:
-    stem, suffix = split_suffix(name)
-    if suffix:
-        return [(stem, suffix)]
-    return [(name, known) for known in sorted(SUFFIXES, key=lambda known: known != remembered)]
-
-
 class _Fetched(NamedTuple):
-    file: OpenFile
+    path: str
     suffix: str
+    file: OpenFile
     first: bytes
     """The first chunk; the only one unless the file is large."""
+
+    def answer(self, if_version: str | None) -> Artifact | NotModified:
+        version, size = self.file.version, self.file.size
+        if version == if_version:
+            return NotModified(version)
+        return Artifact(version=version, size=size, suffix=self.suffix, chunks=_Chunks(self.file, self.first))
 
 
 class _Chunks:

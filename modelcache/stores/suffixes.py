@@ -1,0 +1,36 @@
+"""From names to files and back: which files a name may stand for, and what a file is called."""
+
+from __future__ import annotations
+
+from cachetools import LRUCache
+
+from modelcache.names import SUFFIXES, is_name, split_suffix
+
+_REMEMBERED = 100_000
+
+
+class Suffixes:
+    """Remembers which suffix a name was found with, so that it is looked for first the next time."""
+
+    def __init__(self) -> None:
+        self._found: LRUCache[str, str] = LRUCache(_REMEMBERED)
+
+    def candidates(self, name: str) -> list[tuple[str, str]]:
+        """Return the files that ``name`` may stand for, each with its suffix, in the order to look for them."""
+        stem, suffix = split_suffix(name)
+        if suffix:
+            return [(name, suffix)]
+        found = self._found.get(name)
+        return [(stem + known, known) for known in sorted(SUFFIXES, key=lambda known: known != found)]
+
+    def remember(self, name: str, suffix: str) -> None:
+        """Note that ``name`` was found with ``suffix``."""
+        self._found[name] = suffix
+
+
+def name_of(file: str) -> str:
+    """Return the name that a file is offered under; "" for what is no artifact, or has a name that no call can use."""
+    stem, suffix = split_suffix(file)
+    # A stem that has a suffix itself would be taken for the name of another file.
+    name = file if split_suffix(stem)[1] else stem
+    return name if suffix and is_name(name) else ""
