@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -80,7 +83,7 @@ def test_without_arguments_it_shows_help(run: Any) -> None:
     """Nothing to do is no error: the help says what there is."""
     shown = run()
     assert shown.code == 0
-    assert all(command in shown.out for command in ("demo", "predict", "inspect", "--version"))
+    assert all(command in shown.out for command in ("demo", "predict", "inspect", "manifest", "--version"))
 
 
 def test_version(run: Any) -> None:
@@ -99,6 +102,7 @@ def test_version(run: Any) -> None:
         ["predict", "models", "Chicago_IL", "-", "--output", "nonsense"],
         ["inspect"],
         ["inspect", "models", "--limit", "0"],
+        ["manifest"],
         ["demo", "--models", "0"],
         ["demo", "--calls", "x"],
         ["demo", "--seed", "-1"],
@@ -352,6 +356,50 @@ def test_inspect_a_broken_model(run: Any, store: Path) -> None:
     refused = run("inspect", store, "bad")
     assert (refused.code, refused.out) == (1, "")
     assert re.fullmatch(r"modelcache: bad: the artifact is neither .*\n", refused.err)
+
+
+# manifest
+
+
+def test_manifest_lists_every_artifact(run: Any, store: Path) -> None:
+    """Each artifact and nothing else is listed, with its SHA-256; a store takes what it lists and refuses the rest."""
+    (store / "readme.md").write_text("no artifact")
+    done = run("manifest", store)
+    assert done.code == 0
+    assert re.fullmatch(rf"4 artifacts \([\d.]+ KiB\) in {store}/MANIFEST\.json\. Whatever .*\n", done.out)
+    listed = json.loads((store / "MANIFEST.json").read_text())["sha256"]
+    files = ["named.tar.gz", "plain.ubj", "stopped.json", "tenant/classes.ubj"]
+    assert listed == {file: hashlib.sha256((store / file).read_bytes()).hexdigest() for file in files}
+    assert run("inspect", store).out.endswith(f"\n4 models in {store}.\n")
+    (store / "plain.ubj").write_bytes(zoo.model(seed=1).ubj)
+    (store / "added.ubj").write_bytes(zoo.model().ubj)
+    shown = run("inspect", store)
+    assert re.search(r"^added: UnsafeArtifactError\n  added\.ubj is not in MANIFEST\.json", shown.out, re.MULTILINE)
+    assert re.search(r"^plain: CorruptArtifactError\n  the artifact's SHA-256 is", shown.out, re.MULTILINE)
+
+
+def test_manifest_replaces_the_old_one_in_one_step(run: Any, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that fails leaves the old manifest, whole, and no other file; one that is done leaves the new one."""
+    assert run("manifest", store).code == 0
+    old = (store / "MANIFEST.json").read_bytes()
+    (store / "added.ubj").write_bytes(zoo.model().ubj)
+    before = set(store.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", Mock(side_effect=OSError(28, "No space left on device")))
+        refused = run("manifest", store)
+    assert (refused.code, refused.err) == (1, "modelcache: [Errno 28] No space left on device\n")
+    assert (store / "MANIFEST.json").read_bytes() == old
+    assert set(store.iterdir()) == before
+    assert run("manifest", store).out.startswith("5 artifacts ")
+    assert "added.ubj" in json.loads((store / "MANIFEST.json").read_text())["sha256"]
+
+
+def test_manifest_of_nothing_is_refused(run: Any, tmp_path: Path) -> None:
+    """An empty manifest would refuse every model; a folder that is not there is named."""
+    for folder, words in ((tmp_path, "There are no artifacts in"), (tmp_path / "nowhere", "does not exist")):
+        refused = run("manifest", folder)
+        assert (refused.code, refused.out) == (1, "")
+        assert words in refused.err
 
 
 def test_a_terminal_gets_colours_a_pipe_does_not(store: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from modelcache import InvalidInputError, MissingDependencyError, __version__
-from modelcache.commands import inspecting, predicting
+from modelcache.commands import inspecting, listing, predicting
 from modelcache.commands.terminal import make_console
 
 app = typer.Typer(
@@ -111,3 +111,14 @@ def inspect(
         asyncio.run(inspecting.show_model(console, store, name))
     elif asyncio.run(inspecting.show_store(console, store, limit=limit)):
         raise typer.Exit(1)
+
+
+@app.command()
+def manifest(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of artifacts, to be served or uploaded.")],
+) -> None:
+    """Write MANIFEST.json, the SHA-256 of every artifact, which stores enforce from then on.
+
+    Run it again after each change, and upload it after the artifacts.
+    """
+    listing.write_manifest(make_console(), folder)
