@@ -1,31 +1,106 @@
-"""From what a user writes to a store."""
+"""From what a user writes to a store: the shipped ones by scheme, then those that other packages have registered."""
 
 from __future__ import annotations
 
+import inspect
 import os
-from pathlib import Path
-from typing import TYPE_CHECKING
+from importlib.metadata import entry_points
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from modelcache.errors import StoreError
-from modelcache.stores.local import LocalStore
+from modelcache.errors import ModelCacheError, StoreError
+from modelcache.stores.base import ArtifactStore
 
 if TYPE_CHECKING:
-    from modelcache.stores.base import ArtifactStore
+    from collections.abc import Callable
+    from importlib.metadata import EntryPoint
+
+    Factory = Callable[..., ArtifactStore]
+
+GROUP = "modelcache.stores"
+"""The entry-point group by which a package registers a scheme: ``redis = "my_package:RedisStore"``."""
+
+_SHIPPED = {
+    "file": "modelcache.stores.local:LocalStore",
+}
+"""What opens the URLs of a scheme, imported when the first is opened. Nobody else can register these schemes."""
 
 
-def open_store(url: str | os.PathLike[str]) -> ArtifactStore:
-    """Return the store that ``url`` names: a folder's path or a ``file://`` URL.
+def open_store(url: str | os.PathLike[str], **options: Any) -> ArtifactStore:
+    """Return the store that ``url`` names, made with ``options``; docs/stores.md tells which each store takes.
 
-    For anything else, build the store and pass it to ``ModelRegistry`` instead of a URL.
+    What has no scheme is a folder. A scheme that is not shipped is looked for among those that other packages have registered, whose factory
+    is called as ``factory(url, **options)``. Raises StoreError if there is no such store, or if it cannot be made.
     """
     text = os.fspath(url)
-    if "://" not in text:
-        return LocalStore(Path(text))
-    parts = urlsplit(text)
-    if parts.scheme == "file" and parts.netloc in ("", "localhost"):
-        return LocalStore(Path(unquote(parts.path)))
-    raise StoreError(
-        f"There is no store for {parts.scheme}:// URLs. Give a folder, a file:///path URL, or an object with fetch "
-        "and close (modelcache.ArtifactStore)."
+    scheme, separator, _ = text.partition("://")
+    if not separator:
+        return _make(_SHIPPED["file"], "a folder", text, options)
+    if scheme in _SHIPPED:
+        return _make(_SHIPPED[scheme], f"{scheme}:// URLs", _folder(text) if scheme == "file" else text, options)
+    return _registered(scheme, text, options)
+
+
+def _make(factory: str | Factory, what: str, url: str, options: dict[str, Any]) -> ArtifactStore:
+    make: Factory = resolve_name(factory) if isinstance(factory, str) else factory
+    signature = inspect.signature(make)
+    try:
+        signature.bind(url, **options)
+    except TypeError as error:
+        known = [name for name, option in signature.parameters.items() if option.kind is option.KEYWORD_ONLY]
+        unknown = ", ".join(sorted(options.keys() - set(known))) or "other arguments"
+        raise StoreError(
+            f"The store for {what} does not take {unknown}; its options are: {', '.join(known) or 'none'}."
+        ) from error
+    return make(url, **options)
+
+
+def _folder(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.netloc not in ("", "localhost"):
+        raise StoreError(f"There is no store for {url}: a file URL has three slashes, as in file:///srv/models.")
+    return unquote(parts.path)
+
+
+# Stores of other packages
+
+
+def _registered(scheme: str, url: str, options: dict[str, Any]) -> ArtifactStore:
+    found = {entry.value: entry for entry in entry_points(group=GROUP, name=scheme)}
+    if not found:
+        raise _unknown(scheme)
+    if len(found) > 1:
+        rivals = " and ".join(sorted(map(_origin, found.values())))
+        raise StoreError(f"{scheme}:// URLs are registered by {rivals}: uninstall all but one of them.")
+    (entry,) = found.values()
+    try:
+        store = _make(entry.load(), f"{scheme}:// URLs ({_origin(entry)})", url, options)
+    except ModelCacheError:
+        raise
+    except Exception as error:
+        raise StoreError(
+            f"{_origin(entry)}, registered for {scheme}:// URLs, failed: {type(error).__name__}: {error}."
+        ) from error
+    if not isinstance(store, ArtifactStore):
+        raise StoreError(
+            f"{_origin(entry)}, registered for {scheme}:// URLs, made {store!r}, which is no store: it has to have "
+            "fetch and close (modelcache.ArtifactStore)."
+        )
+    return store
+
+
+def _origin(entry: EntryPoint) -> str:
+    package = f" of {entry.dist.name} {entry.dist.version}" if entry.dist else ""
+    return f"{entry.value}{package}"
+
+
+def _unknown(scheme: str) -> StoreError:
+    """Say which schemes there are, and how to come by this one."""
+    registered = {entry.name for entry in entry_points(group=GROUP)}
+    known = ", ".join(f"{name}://" for name in sorted(registered | _SHIPPED.keys()))
+    return StoreError(
+        f"There is no store for {scheme}:// URLs; there is one for {known} and for a folder's path. "
+        "Otherwise give an object with fetch and close (modelcache.ArtifactStore), or register the scheme by the "
+        f'entry-point group "{GROUP}".'
     )

@@ -457,6 +457,3 @@ async def test_what_a_user_may_write_for_a_folder(tmp_path: Path, monkeypatch: p
         store = open_store(written)
         assert repr(store) == str(folder)
         assert await read(await store.fetch("a")) == b"one"
-    for other in ("ftp://host/folder", "file://host/folder"):
-        with pytest.raises(StoreError, match="There is no store for"):
-            open_store(other)
