@@ -26,17 +26,30 @@ _SHIPPED = {
 }
 """What opens the URLs of a scheme, imported when the first is opened. Nobody else can register these schemes."""
 
+_ADAPTERS = {
+    "fsspec": "modelcache.stores.fsspec:FsspecStore",
+    "obstore": "modelcache.stores.obstore:ObstoreStore",
+}
+"""What opens the rest of a URL that begins with "fsspec+" or "obstore+"."""
+
+_ADAPTED = ("abfs", "abfss", "az", "gcs", "gs", "s3a")
+"""Schemes that people try without an adapter, and that there is one for."""
+
 
 def open_store(url: str | os.PathLike[str], **options: Any) -> ArtifactStore:
     """Return the store that ``url`` names, made with ``options``; docs/stores.md tells which each store takes.
 
-    What has no scheme is a folder. A scheme that is not shipped is looked for among those that other packages have registered, whose factory
+    What has no scheme is a folder. "fsspec+gs://bucket/folder" is served through fsspec, "obstore+gs://..." through
+    obstore. A scheme that is not shipped is looked for among those that other packages have registered, whose factory
     is called as ``factory(url, **options)``. Raises StoreError if there is no such store, or if it cannot be made.
     """
     text = os.fspath(url)
     scheme, separator, _ = text.partition("://")
+    adapter, plus, rest = text.partition("+")
     if not separator:
         return _make(_SHIPPED["file"], "a folder", text, options)
+    if plus and adapter in _ADAPTERS:
+        return _make(_ADAPTERS[adapter], f"{adapter}+ URLs", rest, options)
     if scheme in _SHIPPED:
         return _make(_SHIPPED[scheme], f"{scheme}:// URLs", _folder(text) if scheme == "file" else text, options)
     return _registered(scheme, text, options)
@@ -100,7 +113,25 @@ def _unknown(scheme: str) -> StoreError:
     registered = {entry.name for entry in entry_points(group=GROUP)}
     known = ", ".join(f"{name}://" for name in sorted(registered | _SHIPPED.keys()))
     return StoreError(
-        f"There is no store for {scheme}:// URLs; there is one for {known} and for a folder's path. "
+        f"There is no store for {scheme}:// URLs; there is one for {known} and for a folder's path.{_hint(scheme)} "
         "Otherwise give an object with fetch and close (modelcache.ArtifactStore), or register the scheme by the "
         f'entry-point group "{GROUP}".'
     )
+
+
+def _hint(scheme: str) -> str:
+    for_both = scheme in _ADAPTED
+    hints = [
+        f"{adapter}+{scheme}:// (pip install 'modelcache[{adapter}]')"
+        for adapter, knows in (("fsspec", for_both or _known_to_fsspec(scheme)), ("obstore", for_both))
+        if knows
+    ]
+    return f" Write {' or '.join(hints)}." if hints else ""
+
+
+def _known_to_fsspec(scheme: str) -> bool:
+    try:
+        from fsspec.registry import known_implementations  # noqa: PLC0415 - an extra, which may not be there
+    except ImportError:
+        return False
+    return scheme in known_implementations

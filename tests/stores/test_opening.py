@@ -70,6 +70,7 @@ def test_shipped_schemes_cannot_be_hijacked(install: Install, tmp_path: Path) ->
     """Whatever other packages register: a file URL is a folder, and an adapter's prefix is the adapter's."""
     install(file="no_store", fsspec="no_store", **{"fsspec+file": "no_store"})
     assert isinstance(open_store(tmp_path.as_uri()), LocalStore)
+    assert type(open_store("fsspec+" + tmp_path.as_uri())).__name__ == "FsspecStore"
 
 
 def test_an_unknown_scheme_is_told_what_there_is(install: Install) -> None:
@@ -78,12 +79,26 @@ def test_an_unknown_scheme_is_told_what_there_is(install: Install) -> None:
     known = r"there is one for .*acme://, .*file://"
     with pytest.raises(StoreError, match=rf"no store for nobody:// URLs; {known}.*entry-point group \"modelcache"):
         open_store("nobody://host")
+    both = r"Write fsspec\+gs:// \(pip install 'modelcache\[fsspec\]'\) or obstore\+gs:// \(pip install 'modelc"
+    with pytest.raises(StoreError, match=both):
+        open_store("gs://bucket")
+    with pytest.raises(StoreError, match=r"Write fsspec\+sftp:// \(pip install 'modelcache\[fsspec\]'\)\. Otherwise"):
+        open_store("sftp://host")
 
 
 def test_a_file_url_of_another_host_is_refused() -> None:
     """Two slashes too few name a host, which a folder does not have."""
     with pytest.raises(StoreError, match="There is no store for file://host/folder: a file URL has three slashes"):
         open_store("file://host/folder")
+
+
+def test_without_fsspec_the_common_schemes_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has neither adapter is told of both."""
+    monkeypatch.setitem(sys.modules, "fsspec.registry", None)
+    with pytest.raises(StoreError, match=r"Write fsspec\+gs:// .* or obstore\+gs://"):
+        open_store("gs://bucket")
+    with pytest.raises(StoreError, match=r"path\. Otherwise"):
+        open_store("sftp://host")
 
 
 @pytest.mark.parametrize(
