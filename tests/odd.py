@@ -25,6 +25,9 @@ ODD = "odd:Odd"
 PREDICT, REFUSE, WAIT, ABORT, EXIT, KILL, MISCOUNT, COMPUTE, SHOUT, SPAWN = range(10)
 
 
+_SCRIPT = 1 << 16
+"""Bytes of an artifact that may be its script."""
+
 COMPUTED = 0.7
 """CPU seconds that COMPUTE takes."""
 SHOUTED = 300_000
@@ -85,7 +88,7 @@ class Odd:
     def load(cls, data: memoryview, *, threads: int) -> Self:
         """Read the script."""
         del threads
-        script = json.loads(bytes(data))
+        script = json.loads(bytes(data[:_SCRIPT]))  # what follows may be half a gigabyte of blanks
         on_load = script.get("on_load")
         if on_load == "abort":
             os.abort()
