@@ -51,5 +51,5 @@ async def test_the_parent_never_holds_a_whole_artifact(make_registry: MakeRegist
     before = psutil.Process().memory_info().rss
     answer = await registry.predict("m", [[odd.PREDICT, 2.0]])
     await asyncio.to_thread(store.weigh)
-    assert np.array_equal(answer, np.float32([4]))
+    assert np.array_equal(answer, np.array([4], np.float32))
     assert store.most - before < 32 * MIB
