@@ -188,7 +188,7 @@ class Attempt:
         ledger, flight = self._state.ledger, self._flight
         flight.needed = min(bounds.most, self._room_for(bounds.least))
         promise: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        flight.claim, retired = ledger.claim(flight.key, flight.needed, promise)
+        flight.claim, retired = ledger.claim(flight.key, flight.needed, promise, flight.renews)
         self._state.retire(retired)
         if not promise.done():
             self._state.flights.wait(flight, Phase.STARVED)
@@ -208,16 +208,12 @@ class Attempt:
         self._charge()
 
     def _room_for(self, least: int) -> int:
-        """Return the most it can get, ``least`` or more; the version it renews stays if there is room for both."""
-        room, flight = self._state.ledger.room, self._flight
-        if flight.shields and flight.renews is not None and not flight.renews.pinned:
-            beside = room - flight.renews.size
-            if least <= beside:
-                return beside
-            self._state.unshield(flight)
+        """Return the most it can get, ``least`` or more, beside the version it renews if there is room for both."""
+        room, older = self._state.ledger.room, self._flight.renews
         if least > room:
             raise NoRoomError(least)
-        return room
+        beside = room - (older.size if older is not None and not older.pinned else 0)
+        return beside if least <= beside else room
 
     async def _wait_for(self, promise: asyncio.Future[bool]) -> bool:
         started = time.perf_counter()
@@ -339,7 +335,6 @@ class Attempt:
             waiter.set_result(entry)
         state.settled(entry)  # tells the subscribers, who may do anything, such as cancel one of those who waited
         state.retire(retired)
-        state.unshield(flight)
 
     @property
     def blame(self) -> float:

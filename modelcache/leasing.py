@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import suppress
+from math import inf
 from typing import TYPE_CHECKING, NamedTuple
 
 from modelcache.cache.entry import Entry, State
@@ -148,8 +149,8 @@ class Leasing:
         boarding = self._join(key)
         flight = boarding.flight
         flight.fresh = True
-        if resident is not None and flight.renews is None:
-            state.shield(flight, resident)
+        if resident is not None:
+            flight.renews, resident.value.trusted_until = resident, inf
         return boarding
 
     def _revalidate(self, entry: Entry[Resident]) -> None:

@@ -75,9 +75,7 @@ class Loader:
 
         def ended(task: asyncio.Task[None]) -> None:
             self.tasks.discard(task)
-            # Here, as a task that is cancelled at once never runs.
-            self._state.unshield(flight)
-            if flight.reserve is not None:  # in vain
+            if flight.reserve is not None:  # in vain; here, as a task that is cancelled at once never runs
                 self._state.retire(self._state.ledger.give_back(flight.reserve))
 
         task.add_done_callback(ended)

@@ -152,18 +152,6 @@ class Residency:
 
     # Versions
 
-    def shield(self, flight: Flight, entry: Entry[Resident]) -> None:
-        """Let ``entry`` serve until ``flight`` has brought another version of it, or has found that there is none."""
-        flight.renews, flight.fresh, flight.shields = entry, True, True
-        entry.value.trusted_until = inf
-        self.ledger.lease(entry)
-
-    def unshield(self, flight: Flight) -> None:
-        """Let go of the version that ``flight`` renews; harmless when done twice."""
-        if flight.shields and flight.renews is not None:
-            flight.shields = False
-            self.release(flight.renews)
-
     def confirm(self, flight: Flight) -> bool:
         """The store still has the version that ``flight`` renews; False if that has left meanwhile."""
         entry = flight.renews
@@ -187,7 +175,6 @@ class Residency:
             return False
         if isinstance(error, ModelNotFoundError):
             self.retire(self.ledger.detach(entry.key, "deleted"))
-            self.unshield(flight)
             return False
         place: Resident = entry.value
         place.doubt = f"{type(error).__name__}: {error}"

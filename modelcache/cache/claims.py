@@ -34,12 +34,21 @@ Table = OrderedDict[str, Entry[Any]]
 class Claim:
     """Bytes that a load asks for: queued first, then granted, and in the end settled or given back."""
 
-    __slots__ = ("bytes", "grows", "key", "overtaken", "state", "waiter")
+    __slots__ = ("beside", "bytes", "grows", "key", "overtaken", "state", "waiter")
 
-    def __init__(self, key: str, size: int, waiter: Waiter, grows: Claim | None = None) -> None:
+    def __init__(
+        self,
+        key: str,
+        size: int,
+        waiter: Waiter,
+        grows: Claim | None = None,
+        beside: Entry[Any] | None = None,
+    ) -> None:
         self.key = key
         self.bytes = size
         self.waiter = waiter
+        self.beside = beside
+        """The version it is to replace, and which is to serve until then: evicted for it only if nothing else helps."""
         self.grows = grows
         """The granted claim that this one is to enlarge."""
         self.state = "queued"
@@ -59,9 +68,9 @@ class Claim:
         """Return the bytes to be granted."""
         return self.bytes
 
-    def kept(self, table: Table) -> list[Entry[Any]]:  # noqa: ARG002 - a group's depends on it
+    def kept(self, table: Table) -> list[Entry[Any]]:
         """Return the entries that must not be evicted for it."""
-        return []
+        return [self.beside] if self.beside is not None and table.get(self.key) is self.beside else []
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.key} {self.bytes} B {self.state}>"

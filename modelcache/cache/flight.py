@@ -66,7 +66,6 @@ class Flight:
         "renews",
         "reserve",
         "scouts",
-        "shields",
         "task",
         "waiters",
     )
@@ -82,8 +81,6 @@ class Flight:
         """True if the store has to be asked, whatever copies there are."""
         self.renews: Entry[Any] | None = None
         """The version that it replaces if the store has another."""
-        self.shields = False
-        """True while it leases that version, so that it serves until the new one does."""
         self.needed = 0
         """Bytes it has claimed, or waits for."""
         self.claim: Claim | None = None

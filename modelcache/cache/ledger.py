@@ -82,12 +82,13 @@ class Ledger:
 
     # Claims: bytes for a load
 
-    def claim(self, key: str, size: int, waiter: Waiter) -> tuple[Claim, Retired]:
+    def claim(self, key: str, size: int, waiter: Waiter, beside: Entry[Any] | None = None) -> tuple[Claim, Retired]:
         """Queue for ``size`` bytes, first come, first served; ``waiter`` gets True when they are granted.
 
-        It gets False if ``size`` is beyond the room that pins leave, now or by the time it is its turn.
+        It gets False if ``size`` is beyond the room that pins leave, now or by the time it is its turn. ``beside``: the
+        version of ``key`` that they are to replace.
         """
-        claim = Claim(key, size, waiter)
+        claim = Claim(key, size, waiter, beside=beside)
         self.queue.append(claim)
         return claim, self._pump()
 
@@ -117,7 +118,7 @@ class Ledger:
         It holds bytes while it waits, so it may wait only for unloads under way, never for a lease to end: two
         growing claims could otherwise wait for each other for ever.
         """
-        growth = Claim(claim.key, size - claim.bytes, waiter, grows=claim)
+        growth = Claim(claim.key, size - claim.bytes, waiter, grows=claim, beside=claim.beside)
         self.queue.appendleft(growth)
         return self._pump()
 
@@ -266,10 +267,13 @@ class Ledger:
                 self.queue.popleft()
                 self._grant(head)
             elif wanted > self.free + self.unloading + self.idle - _idle(kept):
-                if not head.grows and self._may_come_to_fit(head):
+                if head.beside in kept:
+                    head.beside = None  # there is no room for both
+                elif not head.grows and self._may_come_to_fit(head):
                     self._let_smaller_pass(head)
                     break
-                self._refuse(head)
+                else:
+                    self._refuse(head)
             else:
                 retired += self._evict(wanted - self.free - self.unloading, head)
                 break  # until the workers acknowledge
