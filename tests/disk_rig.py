@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from contextlib import closing, contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -199,6 +200,7 @@ def child(order: dict[str, Any]) -> None:
 
 
 def mother() -> None:
+    import_module("anyio._backends._asyncio")  # which anyio does when it is first used: in each child anew
     for line in sys.stdin:
         children = []
         for order in json.loads(line):

@@ -13,7 +13,7 @@ import subprocess
 import time
 from contextlib import closing, suppress
 from dataclasses import replace
-from itertools import count
+from itertools import count, islice
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -326,6 +326,16 @@ async def test_revalidation_moves_the_date(make_tier: MakeTier) -> None:
     assert await (await make_tier()).find(STORE, "a") == new
 
 
+async def test_a_copy_that_another_has_evicted_is_not_revalidated(make_tier: MakeTier) -> None:
+    """The index is asked anyway: what it does not list is a miss from then on."""
+    tier, other = await make_tier(policy="lru"), await make_tier(policy="lru")
+    copy = await put(tier, "a", content("a", "1", 6000))
+    assert copy is not None
+    await put(other, "b", content("b", "1", 6000))
+    await tier.revalidated(copy, 9.0)
+    assert await tier.find(STORE, "a") is None
+
+
 async def test_a_version_that_the_store_gave_earlier_does_not_replace_a_later_one(make_tier: MakeTier) -> None:
     """F10, between processes: a slow load must not bring the old version back.
 
@@ -400,23 +410,28 @@ async def test_a_process_is_killed_at_any_step(make_tier: MakeTier, tmp_path: Pa
     for name in "abc":
         await put(tier, name, content(name, "1", 3000))
     await tier.close()
-    outcomes = set()
-    for step in count():
-        root = tmp_path / f"killed at {step}"
-        shutil.copytree(template, root)
-        [code] = mother.run({"do": "publish_some", "root": str(root), "step": step})
-        tier = await make_tier(root, policy="lru")
-        found = {name: await read(tier, name) for name in "abcde"}
-        outcomes.add("".join(name for name in found if found[name]))
-        assert all(data in (None, *_versions(name)) for name, data in found.items())
-        check(root, BUDGET, tier)
-        assert os.listdir(root / "incoming") == [tier.incoming().parent.name]  # noqa: PTH208
-        await tier.close()
-        if not code:
-            break
-        assert code == -9
-    assert step > 80
+    outcomes, codes = set(), [-9]
+    steps = count()
+    while codes[-1]:
+        roots = {tmp_path / f"killed at {step}": step for step in islice(steps, 16)}
+        for root in roots:
+            shutil.copytree(template, root)
+        codes = mother.run(*({"do": "publish_some", "root": str(root), "step": step} for root, step in roots.items()))
+        assert set(codes) <= {-9, 0}
+        for root in roots:
+            outcomes.add(await _survivors(make_tier, root))
+    assert next(steps) > 100
     assert outcomes == {"abc", "abcd", "cde", "ce"}
+
+
+async def _survivors(make_tier: MakeTier, root: Path) -> str:
+    tier = await make_tier(root, policy="lru")
+    found = {name: await read(tier, name) for name in "abcde"}
+    assert all(data in (None, *_versions(name)) for name, data in found.items())
+    check(root, BUDGET, tier)
+    assert os.listdir(root / "incoming") == [tier.incoming().parent.name]  # noqa: PTH208
+    await tier.close()
+    return "".join(name for name in found if found[name])
 
 
 def _versions(name: str) -> list[bytes]:
