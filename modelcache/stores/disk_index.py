@@ -279,8 +279,10 @@ class Index:
         )  # fmt: skip
 
 
-def is_damage(error: sqlite3.Error) -> bool:
+def is_damage(error: Exception) -> bool:
     """Tell a database that cannot be read from one that cannot be reached just now."""
+    if isinstance(error, UnicodeError):  # SQLite quotes what it finds in its error messages
+        return True
     if not isinstance(error, sqlite3.DatabaseError):
         return False
     return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF in _DAMAGE

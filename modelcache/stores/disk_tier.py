@@ -276,7 +276,7 @@ class DiskTier:
     def _open_index(self, folder: CacheFolder, *, is_shared: bool) -> Index:
         try:
             return self._opened_index(folder)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeError) as error:
             if not is_damage(error):
                 raise
             if is_shared:

@@ -626,6 +626,8 @@ async def _damage(tier: DiskTier, how: str) -> None:
         index.write_bytes(data[: len(data) // 2])
     elif how == "scrambled":
         index.write_bytes(data[:4096] + os.urandom(len(data) - 4096))
+    elif how == "undecodable":
+        index.write_bytes(data.replace(b"files (serial)", b"files (seri\xbfl)"))
     else:
         with closing(sqlite3.connect(index)) as database:
             database.executescript(how)
@@ -637,6 +639,7 @@ async def _damage(tier: DiskTier, how: str) -> None:
         "garbage",
         "cut",
         "scrambled",
+        "undecodable",
         "DROP TABLE copies",
         "DELETE FROM totals",
         "PRAGMA user_version = 99",
