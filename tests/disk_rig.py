@@ -147,11 +147,11 @@ def killed_at(step: int) -> Iterator[None]:
 
 
 async def publish_some(root: Path, step: int) -> None:
-    """A process's life: a new model, one for which others are evicted, a new version, one that is gone."""
+    """A process's life: a model for which another is evicted, a new version, one that is gone."""
     with killed_at(step):
         tier = DiskTier(root, budget=BUDGET, policy="lru")
         await tier.open()
-        for name, version, size in (("d", "1", 900), ("e", "1", 4000), ("c", "2", 3000)):
+        for name, version, size in (("d", "1", 4000), ("c", "2", 3000)):
             data = content(name, version, size)
             incoming = tier.incoming()
             writing = os.open(incoming, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
@@ -164,7 +164,7 @@ async def publish_some(root: Path, step: int) -> None:
                 artifact_bytes=7, cost=1.0, validated_at=time.time(),
             )  # fmt: skip
             assert copy is not None
-        await tier.forget(STORE, "d")
+        await tier.forget(STORE, "b")
         await tier.close()
 
 
