@@ -246,6 +246,11 @@ class ResidencyMachine(RuleBasedStateMachine):
             coming = ledger.free + ledger.unloading
             assert coming - for_claim[-1].size < head.wanted(ledger.table) <= coming
             assert not isinstance(head, GroupClaim) or not head.needs.keys() & {victim.key for victim in for_claim}
+            if any(victim is head.beside or victim.key == head.key for victim in for_claim):
+                idle = ledger.idle + sum(victim.size for victim in for_claim)
+                alone = next(victim for victim in for_claim if victim.key == head.key)
+                before = ledger.free + ledger.unloading - sum(victim.size for victim in for_claim)
+                assert before + idle - alone.size < head.wanted(ledger.table), "S3: the old version goes last"
         if shed:
             kept = ledger.resident + ledger.reserved + sum(victim.size for victim in for_claim)
             assert kept + shed[-1].size > ledger.budget
@@ -295,6 +300,50 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.callers.append(Caller(flight, pins, waiter))
         if is_new:
             self.loads[flight] = Load(flight)
+
+    @precondition(lambda self: self.ledger.table)
+    @rule(pick=picks)
+    def renew(self, pick: int) -> None:
+        """``refresh``: the store is asked for another version of a resident model (S3)."""
+        entry = list(self.ledger.table.values())[pick % len(self.ledger.table)]
+        flight = self.flights.by_key.get(entry.key)
+        if flight is not None and flight.has_asked:
+            return  # as Leasing.refresh: it waits until that has landed
+        waiter: Future[Entry[Any]] = Future()
+        flight, is_new = self.flights.join(entry.key, waiter)
+        flight.renews = entry
+        self.callers.append(Caller(flight, pins=False, promise=waiter))
+        if is_new:
+            self.loads[flight] = Load(flight)
+
+    @precondition(lambda self: any(self.is_confirmable(load) for load in self.loads.values()))
+    @rule(pick=picks)
+    def confirm(self, pick: int) -> None:
+        """As ``Residency.confirm``: the store has no other version, and who waits gets the one that is there."""
+        loads = [load for load in self.loads.values() if self.is_confirmable(load)]
+        load = loads[pick % len(loads)]
+        entry = load.flight.renews
+        assert entry is not None
+        for waiter in self.flights.land(load.flight):
+            self.ledger.lease(entry)
+            waiter.set_result(entry)
+        self.end(load)
+
+    def is_confirmable(self, load: Load) -> bool:
+        renews = load.flight.renews
+        return renews is not None and renews.state is State.READY and self.is_idle_at(load, At.STORE)
+
+    @precondition(lambda self: any(self.is_confirmable(load) for load in self.loads.values()))
+    @rule(pick=picks)
+    def deleted(self, pick: int) -> None:
+        """As ``Residency.not_renewed``: the store does not have the model any more, and it leaves."""
+        loads = [load for load in self.loads.values() if self.is_confirmable(load)]
+        load = loads[pick % len(loads)]
+        key = load.flight.key
+        if self.ledger.table.get(key) is load.flight.renews:
+            self.pinned = [entry for entry in self.pinned if entry.key != key]
+            self.decide(lambda: self.ledger.detach(key, "deleted"))
+        self.fail(load, ModelNotFoundError("deleted"))
 
     def pin(self, entry: Entry[Any]) -> None:
         self.pinned_keys.add(entry.key)
@@ -575,11 +624,11 @@ class ResidencyMachine(RuleBasedStateMachine):
         if load.least > self.ledger.room:
             self.park(load)
             return
-        size = min(max(estimate, load.least), self.ledger.room)
+        size = min(max(estimate, load.least), self.room_for(load))
         load.promise = Future()
 
         def operation() -> Entries:
-            load.claim, retired = self.ledger.claim(load.flight.key, size, load.promise)
+            load.claim, retired = self.ledger.claim(load.flight.key, size, load.promise, load.flight.renews)
             load.flight.claim = load.claim
             self.arrivals.append(load.claim)
             return retired
@@ -590,6 +639,12 @@ class ResidencyMachine(RuleBasedStateMachine):
         else:
             load.at = At.CLAIM
             self.starve(load)
+
+    def room_for(self, load: Load) -> int:
+        """As ``Attempt._room_for``."""
+        room, older = self.ledger.room, load.flight.renews
+        beside = room - (older.size if older is not None and not older.pinned else 0)
+        return beside if load.least <= beside else room
 
     def use_reserve(self, load: Load, reserve: Claim) -> None:
         """A group has been granted bytes for this load."""
@@ -712,7 +767,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         entry.leases = len(waiters)
         entry.pinned = flight.listed and flight.key in self.pinned_keys
         if entry.pinned:
-            self.pinned.append(entry)
+            self.pinned = [other for other in self.pinned if other.key != flight.key] + [entry]
         worker.held[load.number] = entry
         for waiter in waiters:
             waiter.set_result(entry)
