@@ -49,7 +49,16 @@ from modelcache.records import (
     WorkerStats,
 )
 from modelcache.registry import ModelRegistry
-from modelcache.stores import Artifact, ArtifactStore, DiskTier, LocalStore, MemoryStore, NotModified, open_store
+from modelcache.stores import (
+    Artifact,
+    ArtifactStore,
+    DiskTier,
+    LocalStore,
+    MemoryStore,
+    NotModified,
+    S3Store,
+    open_store,
+)
 from modelcache.worker.predictors import Predictor
 
 __version__ = "0.1.0"
@@ -81,6 +90,7 @@ __all__ = [
     "LocalStore",
     "MemoryStore",
     "NotModified",
+    "S3Store",
     "open_store",
     # policies
     "CachetoolsPolicy",

