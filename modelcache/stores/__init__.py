@@ -6,6 +6,7 @@ A store is any object with ``fetch`` and ``close``; see :class:`ArtifactStore`. 
 
 from modelcache.stores.base import Artifact, ArtifactStore, NotModified
 from modelcache.stores.disk_tier import DiskTier
+from modelcache.stores.http import HTTPStore
 from modelcache.stores.local import LocalStore
 from modelcache.stores.manifest import Manifest
 from modelcache.stores.memory import MemoryStore
@@ -16,6 +17,7 @@ __all__ = [
     "Artifact",
     "ArtifactStore",
     "DiskTier",
+    "HTTPStore",
     "LocalStore",
     "Manifest",
     "MemoryStore",

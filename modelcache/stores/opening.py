@@ -23,6 +23,8 @@ GROUP = "modelcache.stores"
 
 _SHIPPED = {
     "file": "modelcache.stores.local:LocalStore",
+    "http": "modelcache.stores.http:HTTPStore",
+    "https": "modelcache.stores.http:HTTPStore",
     "s3": "modelcache.stores.s3:S3Store",
 }
 """What opens the URLs of a scheme, imported when the first is opened. Nobody else can register these schemes."""

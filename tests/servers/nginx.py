@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-USER, PASSWORD = "reader", "s3cret:/@"
+USER, PASSWORD = "reader", "s3cret/@"
 
 _LOCATIONS = r"""
     location /private/  { alias ROOT/; auth_basic models; auth_basic_user_file users; }
