@@ -144,11 +144,18 @@ def _resolve(root: Path, path: str, model: str) -> str:
 
 def _open_beneath(top: int, path: str, model: str) -> OpenFile:
     """Open a path from the folder ``top`` on, one segment after the other, following no link."""
-    *folders, last = path.split("/")
-    if not folders:
-        return _open_file(last, top, model)
-    with _folder(folders[0], top) as folder:
-        return _open_beneath(folder, path.partition("/")[2], model)
+    *segments, last = path.split("/")
+    folder = top
+    try:
+        for segment in segments:
+            inner = os.open(segment, _FOLDER | os.O_NOFOLLOW, dir_fd=folder)
+            if folder != top:
+                os.close(folder)
+            folder = inner
+        return _open_file(last, folder, model)
+    finally:
+        if folder != top:
+            os.close(folder)
 
 
 def _open_file(path: str, folder: int, model: str) -> OpenFile:
@@ -173,9 +180,8 @@ def _look_at(descriptor: int, path: str, model: str) -> os.stat_result:
 
 
 @contextmanager
-def _folder(path: str | Path, within: int | None = None) -> Iterator[int]:
-    """Open a folder; one that is given by its name ``within`` another must not be a link."""
-    descriptor = os.open(path, _FOLDER if within is None else _FOLDER | os.O_NOFOLLOW, dir_fd=within)
+def _folder(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, _FOLDER)
     try:
         yield descriptor
     finally:

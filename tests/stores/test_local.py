@@ -285,6 +285,16 @@ async def test_a_link_that_moves_on_is_followed_again(tmp_path: Path, monkeypatc
         await LocalStore(tmp_path).fetch("current/a.ubj")
 
 
+async def test_a_name_may_be_as_deep_as_it_may_be_long(tmp_path: Path) -> None:
+    """Hundreds of folders are opened one after the other, and none is left open."""
+    name = "a/" * 500 + "b"
+    (tmp_path / name).parent.mkdir(parents=True)
+    (tmp_path / f"{name}.ubj").write_bytes(b"one")
+    descriptors = oracle.open_descriptors()
+    assert await read(await LocalStore(tmp_path).fetch(name)) == b"one"
+    assert oracle.open_descriptors() == descriptors
+
+
 async def test_the_folder_itself_may_be_a_link(tmp_path: Path) -> None:
     """What leads out is measured from where the folder really is."""
     (tmp_path / "real").mkdir()
