@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from base64 import b64encode
 from contextlib import aclosing
@@ -15,7 +16,13 @@ from urllib.parse import quote, unquote, urlsplit
 import anyio.to_thread
 from cachetools import LRUCache
 
-from modelcache.errors import MissingDependencyError, ModelNotFoundError, StoreAccessDeniedError, StoreError
+from modelcache.errors import (
+    MissingDependencyError,
+    ModelNotFoundError,
+    StoreAccessDeniedError,
+    StoreError,
+    StoreUnavailableError,
+)
 from modelcache.names import candidates, is_name, split_suffix
 from modelcache.stores.backoff import Backoff
 from modelcache.stores.base import Artifact, NotModified
@@ -89,7 +96,7 @@ class HTTPStore:
         """Says which store it is, without how to be let in: two with the same have the same artifacts."""
         self._options = HTTPOptions(
             url=self.url, headers=_with_auth(headers or {}, auth or of_url),
-            redirect_origins=frozenset(_parse(origin)[0] for origin in redirect_origins), ssl_context=ssl_context,
+            redirect_origins=frozenset(map(_origin, redirect_origins)), ssl_context=ssl_context,
             connect_timeout=connect_timeout, read_timeout=read_timeout, max_connections=max_connections,
             backoff=Backoff(),
         )  # fmt: skip
@@ -124,8 +131,8 @@ class HTTPStore:
                 f"{self} cannot be listed: HTTP has no such request. Put a file there that lists the names, as a JSON "
                 'list or one in each line, and give its name: HTTPStore(url, index="index.json").'
             )
-        data = await self._read_index(self._index)
-        for name in await anyio.to_thread.run_sync(lambda: sorted({*_listed(data)})):
+        data, digest = await self._read_index(self._index)
+        for name in await anyio.to_thread.run_sync(lambda: sorted({*_listed(data, digest)})):
             if name.startswith(prefix):
                 yield name
 
@@ -146,7 +153,8 @@ class HTTPStore:
                 self._client = await module.HTTPClient.open(self._options)
             return self._client
 
-    async def _read_index(self, index: str) -> bytes:
+    async def _read_index(self, index: str) -> tuple[bytes, str | None]:
+        """Return what is in it, and the SHA-256 that was announced."""
         client = self._client or await self._open()
         try:
             found = await client.fetch(_quote(index), "", model=None)
@@ -159,7 +167,7 @@ class HTTPStore:
                 data += chunk
                 if len(data) > _INDEX_LIMIT:
                     raise StoreError(f"The index {index} at {self} is larger than {_INDEX_LIMIT:,} bytes.")
-        return bytes(data)
+        return bytes(data), found.digest
 
     def _not_found(self, name: str) -> ModelNotFoundError:
         tried = ", ".join(stem + suffix for stem, suffix in candidates(name))
@@ -168,8 +176,11 @@ class HTTPStore:
 
 def _parse(url: str) -> tuple[str, tuple[str, str] | None]:
     """Return a URL without its credentials and final slash, and the credentials."""
-    parts = urlsplit(url)
-    problem = _problem(parts)
+    try:
+        parts = urlsplit(url)
+        problem = _problem(parts)
+    except ValueError:  # not told: it quotes what follows a colon, and that may be a part of a password
+        problem = "its host or port is malformed"
     if problem:
         shown = url.rpartition("@")[2].partition("?")[0]
         raise StoreError(
@@ -180,11 +191,14 @@ def _parse(url: str) -> tuple[str, tuple[str, str] | None]:
     return f"{parts.scheme}://{host}{quote(parts.path, safe=_PATH)}".rstrip("/"), auth
 
 
+def _origin(url: str) -> str:
+    return "/".join(_parse(url)[0].split("/")[:3])
+
+
 def _problem(parts: SplitResult) -> str:
-    try:
-        parts.port  # noqa: B018 - looks at the number
-    except ValueError:
-        return "its port is no number"
+    """Return what is wrong; or raise ValueError, as reading parts of it may."""
+    if parts.port == 0:
+        return "its host or port is malformed"
     if parts.scheme not in _DEFAULT_PORTS:
         return "it does not begin with http:// or https://"
     if not parts.hostname or not parts.hostname.isascii():
@@ -205,8 +219,10 @@ def _quote(name: str) -> str:
     return "/".join(quote(segment, safe="") for segment in name.split("/"))
 
 
-def _listed(data: bytes) -> Iterator[str]:
+def _listed(data: bytes, digest: str | None) -> Iterator[str]:
     """Yield the names in an index, each as ``fetch`` takes it; what is no name is left out."""
+    if digest not in (None, hashlib.sha256(data).hexdigest()):
+        raise StoreUnavailableError("The index has another SHA-256 than the server announced.")
     for listed in _entries(data):
         stem = split_suffix(listed)[0]
         # A stem that has a suffix itself would be taken for the name of another file.
@@ -221,7 +237,7 @@ def _entries(data: bytes) -> list[str]:
         if not text.lstrip().startswith("["):
             return [line.strip() for line in text.splitlines()]
         entries = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StoreError(f"The index is neither a JSON list of names nor one name in each line: {error}.") from error
     if not all(isinstance(entry, str) for entry in entries):
         raise StoreError('The index is a JSON list, but not of names: it has to be like ["Chicago_IL.ubj"].')

@@ -263,7 +263,8 @@ async def test_an_index_lists_the_names(make_store: MakeStore, folder: Path, ind
         ({"index": "i"}, b"[1]", "is a JSON list, but not of names"),
         ({"index": "i"}, b'["a"', "neither a JSON list of names nor"),
         ({"index": "i"}, b"\xff", "neither a JSON list of names nor"),
-        ({"index": "i"}, b"a\n" * 300, "The index i at .* is larger than 500 bytes"),
+        ({"index": "i"}, b"[" * 100_000, "neither a JSON list of names nor"),
+        ({"index": "i"}, b"a\n" * 60_000, "The index i at .* is larger than 100,000 bytes"),
     ],
 )
 async def test_a_listing_that_cannot_be_made(
@@ -271,11 +272,23 @@ async def test_a_listing_that_cannot_be_made(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Without an index, or with one that is none, names() says what to do; it never is of any size."""
-    monkeypatch.setattr("modelcache.stores.http._INDEX_LIMIT", 500)
+    monkeypatch.setattr("modelcache.stores.http._INDEX_LIMIT", 100_000)
     if index is not None:
         write(folder / "i", index)
     with pytest.raises(StoreError, match=message):
         _ = [name async for name in make_store(**options).names()]
+
+
+async def test_the_digest_of_an_index_is_enforced(proxy: FaultProxy, make_store: MakeStore, folder: Path) -> None:
+    """A list that was cut short is no list of all names."""
+    write(folder / "i", b"a\nb\n")
+    digest = base64.b64encode(hashlib.sha256(b"a\nb\n").digest()).decode()
+    proxy.next(rewrite(answer={"Repr-Digest": f"sha-256=:{digest}:"}), truncate(to=2))
+    store = make_store(index="i")
+    with pytest.raises(StoreUnavailableError, match="The index has another SHA-256 than the server announced"):
+        _ = [name async for name in store.names()]
+    proxy.next(rewrite(answer={"Repr-Digest": f"sha-256=:{digest}:"}))
+    assert [name async for name in store.names()] == ["a", "b"]
 
 
 # Versions
@@ -563,7 +576,10 @@ async def test_redirects_to_elsewhere_take_no_credentials(
     async with FaultProxy(server.url) as elsewhere:
         port = elsewhere.url.rpartition(":")[2]
         store = make_store(
-            f"/away/{port}/", auth=("user", "secret"), headers={"X-Token": "t"}, redirect_origins=[elsewhere.url + "/"]
+            f"/away/{port}/",
+            auth=("user", "secret"),
+            headers={"X-Token": "t"},
+            redirect_origins=[elsewhere.url + "/x/"],
         )
         elsewhere.next(cut(after=100_000))
         artifact = await store.fetch("a.ubj")
@@ -789,7 +805,10 @@ def test_a_url_opens_it() -> None:
         ("ftp://u:hush@host/", "does not begin with http:// or https://"),
         ("https://", "it has no host"),
         ("https://münchen.example/", "it has no host, or one that is not ASCII"),
-        ("https://u:hush@host:port/", "its port is no number"),
+        ("https://u:hush@host:port/", "its host or port is malformed"),
+        ("https://u:hush@host:0/", "its host or port is malformed"),
+        ("https://u:hush?@host/", "its host or port is malformed"),
+        ("https://u:hush@[::1/", "its host or port is malformed"),
         ("https://host/?token=hush", "it has a query or a fragment"),
         ("https://host/#x", "it has a query or a fragment"),
     ],
