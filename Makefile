@@ -4,11 +4,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test nginx bench lint format clean
+.PHONY: help demo test nginx fuzz bench lint format clean
 
 help:
 	@echo "make demo    train ten cities' models, serve them from one process, draw a chart (./demo)"
 	@echo "make test    run all tests"
+	@echo "make fuzz    send 100,000 damaged artifacts through a registry (half an hour)"
 	@echo "make bench   run the benchmarks and rewrite benchmarks/results/"
 	@echo "make lint    ruff, mypy --strict"
 	@echo "make format  let ruff format the code"
@@ -26,6 +27,9 @@ nginx:
 	@PATH="$$PATH:/usr/sbin"; command -v nginx >/dev/null || test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null || \
 		{ apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends nginx-light; } \
 		>/dev/null 2>&1 || true
+
+fuzz: $(VENV)/.test
+	PYTHONPATH=.:tests $(BIN)/python tests/fuzz_artifacts.py
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/latency.py
