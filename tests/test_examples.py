@@ -18,6 +18,9 @@ PRINTED = {
     r"<ModelRegistry .* 1 ready, 0 loading, .*>\n",
     "custom_policy": r"FreeTierFirst keeps the contract of a policy\n"
     r"stay: (free/m\d, )?paid/m0, paid/m1, paid/m2, paid/m3\n",
+    "custom_store": r"SQLiteStore keeps the contract of a store\n"
+    r"version 1: \d\.\d\n"
+    r"version 2: \d\.\d\n",
     "custom_predictor": r"LinearModel keeps the contract of a predictor\n"
     r"taxi takes km, minutes\n"
     r"fares: \[16\.  43\.5\]\n",
