@@ -1,7 +1,10 @@
-"""The README is executed: its Python in a folder with models, its commands against the Makefile and the CLI."""
+"""README and docs/stores.md are executed: their Python in a folder with models, their commands as commands."""
 
 from __future__ import annotations
 
+import ast
+import hashlib
+import json
 import os
 import re
 import shlex
@@ -16,12 +19,14 @@ from sybil.parsers.markdown import CodeBlockParser
 
 import zoo
 from modelcache import ModelRegistry
+from modelcache.stores import opening
 
 if TYPE_CHECKING:
     from sybil.typing import Evaluator
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+STORES = ROOT / "docs" / "stores.md"
 HOUSE = [1990, 3047, 5, 1.0, 1.11, 2]
 
 
@@ -36,11 +41,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def blocks(language: str) -> list[str]:
-    """Return the README's code blocks of one language."""
+def blocks(language: str, document: Path = README) -> list[str]:
+    """Return the code blocks of one language in a document."""
     nothing: Evaluator = lambda example: None  # noqa: E731 - sybil wants a callable
-    document = Sybil([CodeBlockParser(language, nothing)]).parse(README)
-    return [str(example.parsed) for example in document.examples()]
+    parsed = Sybil([CodeBlockParser(language, nothing)]).parse(document)
+    return [str(example.parsed) for example in parsed.examples()]
 
 
 def test_the_first_screen_runs(folder: Path) -> None:
@@ -60,6 +65,31 @@ def test_the_first_screen_runs(folder: Path) -> None:
     assert done.stderr == ""
 
 
+async def test_the_blocks_about_stores_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each block of docs/stores.md does what its text says, one after the other as in a notebook."""
+    (folder / "demo" / "models").rename(folder / "models")
+    digests = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in (folder / "models").iterdir()}
+    (folder / "models" / "MANIFEST.json").write_text(json.dumps({"sha256": digests}))
+    namespace: dict[str, Any] = {"artifact": zoo.model().ubj}
+    for block in blocks("python", STORES):
+        if any(f'"{scheme}://' in block for scheme in {"s3", "https"} - opening._SHIPPED.keys()):
+            continue
+        running = eval(compile(block, STORES, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT), namespace)
+        if running is not None:
+            await running
+    printed = capsys.readouterr().out
+    for line in ("['Chicago_IL']", "v1", digests["Chicago_IL.tar.gz"]):
+        assert line in printed.splitlines()
+
+
+def test_the_policy_in_the_document_grants_reading_alone() -> None:
+    """The JSON blocks are JSON, and the rights of the first are the least that a store needs."""
+    policy, manifest = map(json.loads, blocks("json", STORES))
+    actions = [statement["Action"] for statement in policy["Statement"]]
+    assert actions == [["s3:GetObject", "s3:GetObjectVersion"], "s3:ListBucket"]
+    assert list(manifest) == ["sha256"]
+
+
 async def test_the_tour_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every call that the README shows does what its comment says."""
     namespace: dict[str, Any] = {"ModelRegistry": ModelRegistry}
@@ -73,8 +103,10 @@ async def test_the_tour_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_its_commands_exist(folder: Path) -> None:
-    """Each command that the README shows is a target of the Makefile, or runs."""
-    commands = [line[2:] for block in blocks("console") for line in block.splitlines() if line.startswith("$ ")]
+    """Each command that the documents show is a target of the Makefile, or runs."""
+    (folder / "models").symlink_to(folder / "demo" / "models")
+    shown = [*blocks("console"), *blocks("console", STORES)]
+    commands = [line[2:] for block in shown for line in block.splitlines() if line.startswith("$ ")]
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for command in commands:
         program, *arguments = shlex.split(command)
@@ -97,6 +129,6 @@ def test_its_figures_are_the_measured_ones() -> None:
 
 def test_its_links_lead_somewhere() -> None:
     """Relative links in the documents are files of the repository."""
-    for document in (README, ROOT / "CONTRIBUTING.md", ROOT / "docs" / "design-decisions.md"):
+    for document in (README, ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
