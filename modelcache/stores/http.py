@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote, urlsplit
 
 import anyio.to_thread
-from cachetools import LRUCache
 
 from modelcache.errors import (
     MissingDependencyError,
@@ -23,9 +22,11 @@ from modelcache.errors import (
     StoreError,
     StoreUnavailableError,
 )
-from modelcache.names import candidates, is_name, split_suffix
+from modelcache.names import is_name, split_suffix
 from modelcache.stores.backoff import Backoff
 from modelcache.stores.base import Artifact, NotModified
+from modelcache.stores.manifest import MANIFEST, Manifest
+from modelcache.stores.suffixes import Suffixes
 
 if TYPE_CHECKING:
     import ssl
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
     from modelcache.stores.http_client import HTTPClient
 
-_SUFFIXES_REMEMBERED = 100_000
 _INDEX_LIMIT = 64 << 20
 """Bytes of an index: enough for a million names."""
 _DEFAULT_PORTS = {"http": ":80", "https": ":443"}
@@ -72,6 +72,8 @@ class HTTPStore:
     * ``ssl_context``: for a certificate authority of your own, or a client certificate.
     * ``connect_timeout``, ``read_timeout``: seconds for a connection, and for the next bytes of an answer.
     * ``max_connections``: open at once; more requests than that wait for one.
+    * ``manifest``: the file that lists the SHA-256 of every artifact, which is enforced if it is there
+      (:mod:`modelcache.stores.manifest`); None: there is none.
 
     Proxies are those of the environment (``HTTPS_PROXY``, ``NO_PROXY``).
 
@@ -89,6 +91,7 @@ class HTTPStore:
         self, url: str, *, auth: tuple[str, str] | None = None, headers: Mapping[str, str] | None = None,
         index: str | None = None, redirect_origins: Collection[str] = (), ssl_context: ssl.SSLContext | None = None,
         connect_timeout: float = 5.0, read_timeout: float = 20.0, max_connections: int = 128,
+        manifest: str | None = MANIFEST,
     ) -> None:  # fmt: skip
         if find_spec("aiohttp") is None:
             raise MissingDependencyError("HTTPStore needs aiohttp: pip install 'modelcache[http]'.")
@@ -101,7 +104,8 @@ class HTTPStore:
             backoff=Backoff(),
         )  # fmt: skip
         self._index = index
-        self._suffixes: LRUCache[str, str] = LRUCache(_SUFFIXES_REMEMBERED)
+        self._suffixes = Suffixes()
+        self._manifest = Manifest(manifest, self._fetch_manifest)
         self._client: HTTPClient | None = None
         self._opening = asyncio.Lock()
 
@@ -109,17 +113,24 @@ class HTTPStore:
         """Return the artifact."""
         client = self._client or await self._open()
         denied: StoreAccessDeniedError | None = None
-        for stem, suffix in candidates(name, self._suffixes.get(name)):
+        for path, suffix in self._suffixes.candidates(name):
             try:
-                found = await client.fetch(_quote(stem + suffix), suffix, model=name, if_version=if_version)
+                found = await client.fetch(_quote(path), suffix, model=name, if_version=if_version)
             except ModelNotFoundError:
                 continue
             except StoreAccessDeniedError as error:  # what some servers say of a file that is not there
                 denied = error
                 continue
-            self._suffixes[name] = suffix
-            return found
+            self._suffixes.remember(name, suffix)
+            return await self._manifest.enforce(path, found)
         raise denied or self._not_found(name)
+
+    async def _fetch_manifest(self, name: str, *, if_version: str | None = None) -> Artifact | NotModified:
+        client = self._client or await self._open()
+        try:
+            return await client.fetch(_quote(name), "", model=None, if_version=if_version)
+        except StoreAccessDeniedError as error:  # the artifact was not denied: the server says so of what is not there
+            raise self._not_found(name) from error
 
     async def names(self, prefix: str = "") -> AsyncIterator[str]:
         """Yield what the index lists, without suffixes, sorted, each name once.
@@ -170,7 +181,7 @@ class HTTPStore:
         return bytes(data), found.digest
 
     def _not_found(self, name: str) -> ModelNotFoundError:
-        tried = ", ".join(stem + suffix for stem, suffix in candidates(name))
+        tried = ", ".join(path for path, _ in Suffixes().candidates(name))
         return ModelNotFoundError(f"There is no model {name!r} at {self} (looked for {tried}).", model=name)
 
 

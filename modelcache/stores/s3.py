@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import parse_qsl, quote, urlsplit
 
 import anyio.to_thread
-from cachetools import LRUCache
 
 from modelcache.errors import ModelNotFoundError, StoreAccessDeniedError, StoreError
-from modelcache.names import SUFFIXES, is_name, split_suffix
+from modelcache.names import SUFFIXES, split_suffix
 from modelcache.stores.backoff import Backoff
 from modelcache.stores.base import Artifact, NotModified
 from modelcache.stores.downloading import Download, Parallel
+from modelcache.stores.manifest import MANIFEST, Manifest
+from modelcache.stores.suffixes import Suffixes, name_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Collection
 
     from modelcache.stores.s3_client import Answer, S3Client
 
-_SUFFIXES_REMEMBERED = 100_000
 _IN_URL = ("endpoint_url", "region", "profile", "anonymous", "path_style")
 _SWITCHES = {"true": True, "1": True, "false": False, "0": False}
 _T = TypeVar("_T")
@@ -64,6 +64,9 @@ class S3Store:
     * ``connect_timeout``, ``read_timeout``: seconds for a connection, and for the next bytes of an answer.
     * ``attempts``: of one request, in the "standard" mode of botocore, whose retries run dry in a long outage.
     * ``max_connections``: open at once; more requests than that wait for one.
+    * ``manifest``: the object that lists the SHA-256 of every artifact, which is enforced if it is there
+      (:mod:`modelcache.stores.manifest`); None: there is none. It has to be readable: without the right to list the
+      bucket, S3 says of what is not there that access is denied, and so this is taken for no manifest.
 
     A name without a suffix is looked for with ``.tar.gz``, ``.ubj`` and ``.json``, in that order; the suffix that
     answered, or that ``names`` has seen, is asked for alone from then on: keep one object for each name. The version is
@@ -76,6 +79,7 @@ class S3Store:
         access_key_id: str | None = None, secret_access_key: str | None = None, session_token: str | None = None,
         anonymous: bool = False, path_style: bool | None = None,
         connect_timeout: float = 5.0, read_timeout: float = 20.0, attempts: int = 4, max_connections: int = 128,
+        manifest: str | None = MANIFEST,
     ) -> None:  # fmt: skip
         bucket, folder, asked = _parse(url)
         endpoint_url = _endpoint(asked.get("endpoint_url", endpoint_url))
@@ -91,7 +95,8 @@ class S3Store:
         self._shown = f"s3://{bucket}/{folder}".rstrip("/")
         self.url = self._shown + (f"?endpoint_url={quote(endpoint_url, safe=':/')}" if endpoint_url else "")
         """Says which store it is, without how to be let in: two with the same have the same artifacts."""
-        self._suffixes: LRUCache[str, str] = LRUCache(_SUFFIXES_REMEMBERED)
+        self._suffixes = Suffixes()
+        self._manifest = Manifest(manifest, self._fetch_manifest)
         self._likely = SUFFIXES[0]
         """What answered last."""
         self._backoff = Backoff()
@@ -108,6 +113,21 @@ class S3Store:
             answer = await client.get(self._folder + name, name, unless=unless)
         else:
             answer, suffix = await self._find(client, name, unless)
+        file = name if name.endswith(suffix) else name + suffix
+        return await self._manifest.enforce(file, self._deliver(client, answer, name, suffix, if_version))
+
+    async def _fetch_manifest(self, name: str, *, if_version: str | None = None) -> Artifact | NotModified:
+        client = self._client or await self._open()
+        unless = None if if_version is None else if_version.partition("@")[0]
+        try:
+            answer = await client.get(self._folder + name, name, unless=unless)
+        except StoreAccessDeniedError as error:  # S3 says so of what is not there, to who must not list the bucket
+            raise self._not_found(name) from error
+        return self._deliver(client, answer, name, "", if_version)
+
+    def _deliver(
+        self, client: S3Client, answer: Answer | None, name: str, suffix: str, if_version: str | None
+    ) -> Artifact | NotModified:
         if answer is None:
             assert if_version is not None
             return NotModified(if_version)
@@ -123,13 +143,11 @@ class S3Store:
         first, seen = "", set[str]()  # names that begin with first + ".": all keys of one of them are listed in a row
         async for key in client.keys(self._folder + prefix):
             file = key.removeprefix(self._folder)
-            stem, suffix = split_suffix(file)
-            # A stem that has a suffix itself would be taken for the name of another object.
-            name = file if split_suffix(stem)[1] else stem
-            if not suffix or not is_name(name) or not name.startswith(prefix):
+            name = name_of(file) if file != self._manifest.name else ""
+            if not name or not name.startswith(prefix):
                 continue
-            if name is stem:
-                self._remember(name, suffix)
+            if name != file:
+                self._remember(name, file.removeprefix(name))
             if not first or not file.startswith(first + "."):
                 first, seen = name, set()
             if name not in seen:
@@ -156,7 +174,7 @@ class S3Store:
 
     async def _find(self, client: S3Client, name: str, unless: str | None) -> tuple[Answer | None, str]:
         """Return the answer of the first suffix that there is, None if it is ``unless``, and the suffix."""
-        remembered = self._suffixes.get(name)
+        remembered = self._suffixes.remembered(name)
         if remembered is not None:
             with suppress(ModelNotFoundError):
                 return await client.get(self._folder + name + remembered, name, unless=unless), remembered
@@ -174,7 +192,8 @@ class S3Store:
                     denied = error
                     continue
                 del asked[suffix]
-                self._suffixes[name] = self._likely = suffix
+                self._suffixes.remember(name, suffix)
+                self._likely = suffix
                 return answer, suffix
         finally:
             await _let_go(asked.values())
@@ -194,8 +213,8 @@ class S3Store:
 
     def _remember(self, name: str, suffix: str) -> None:
         """Ask for the suffix that was listed, unless there is one that goes before it."""
-        known = self._suffixes.get(name, suffix)
-        self._suffixes[name] = min(known, suffix, key=SUFFIXES.index)
+        known = self._suffixes.remembered(name) or suffix
+        self._suffixes.remember(name, min(known, suffix, key=SUFFIXES.index))
 
 
 async def _let_go(asked: Collection[asyncio.Task[Answer | None]]) -> None:

@@ -20,8 +20,13 @@ class Suffixes:
         stem, suffix = split_suffix(name)
         if suffix:
             return [(name, suffix)]
-        found = self._found.get(name)
+        found = self.remembered(name)
         return [(stem + known, known) for known in sorted(SUFFIXES, key=lambda known: known != found)]
+
+    def remembered(self, name: str) -> str | None:
+        """Return the suffix that ``name`` was found with."""
+        found: str | None = self._found.get(name)
+        return found
 
     def remember(self, name: str, suffix: str) -> None:
         """Note that ``name`` was found with ``suffix``."""

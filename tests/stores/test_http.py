@@ -90,7 +90,7 @@ async def make_store(proxy: FaultProxy, pauses: list[float]) -> AsyncIterator[Ma
         pauses.append(seconds)
 
     def make(path: str = "/", *, url: str = proxy.url, **options: Any) -> HTTPStore:
-        store = HTTPStore(url + path, **options)
+        store = HTTPStore(url + path, **{"manifest": None, **options})
         store._options = replace(store._options, backoff=Backoff(draw=lambda: 1.0, pause=pause))
         made.append(store)
         return store

@@ -67,7 +67,7 @@ async def open_s3() -> AsyncIterator[Open]:
     made: list[S3Store] = []
 
     def make(server: s3.S3Server | FaultProxy, place: str, **options: Any) -> S3Store:
-        made.append(S3Store(f"s3://{place}", **{"endpoint_url": server.url, **s3.KEYS, **options}))
+        made.append(S3Store(f"s3://{place}", **{"endpoint_url": server.url, "manifest": None, **s3.KEYS, **options}))
         return made[-1]
 
     yield make
