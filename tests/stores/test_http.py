@@ -385,6 +385,22 @@ async def test_a_server_without_ranges_is_read_as_far_again(proxy: FaultProxy, m
     assert proxy.statuses == [200, 200]
 
 
+@pytest.mark.parametrize("location", ["/", "/dated/"])
+async def test_a_download_that_breaks_before_its_first_byte_is_made_again(
+    proxy: FaultProxy, make_store: MakeStore, folder: Path, location: str
+) -> None:
+    """Nothing has been delivered, so any validator will do; but it is the version that was announced, or an error."""
+    store = make_store(location)
+    proxy.next(cut(after=0))
+    assert await read(await store.fetch("a.ubj")) == DATA
+    assert [request.get("range") for request in proxy.requests] == [None, None]
+    proxy.next(cut(after=0))
+    artifact = await store.fetch("a.ubj")
+    await to_thread.run_sync(replace_with(folder / "a.ubj", OTHER))
+    with pytest.raises(ArtifactChangedError):
+        await read(artifact)
+
+
 @pytest.mark.parametrize("location", ["/", "/rangeless/"])
 async def test_an_object_that_changes_between_two_ranges_is_not_mixed(
     proxy: FaultProxy, make_store: MakeStore, folder: Path, location: str
@@ -554,6 +570,13 @@ async def test_redirects_within_the_origin_are_followed(proxy: FaultProxy, make_
     assert await read(await store.fetch("a.ubj")) == DATA
     assert proxy.statuses == [302, 200]
     assert proxy.requests[0].get("authorization") == proxy.requests[1].get("authorization")
+
+
+async def test_a_redirect_brings_no_credentials(proxy: FaultProxy, make_store: MakeStore) -> None:
+    """Whatever login a Location has: the store's own is sent to its own server, and no other anywhere."""
+    proxy.next(answer(302, Location=proxy.url.replace("http://", "http://other:login@") + "/private/a.ubj"))
+    store = make_store(auth=(nginx.USER, nginx.PASSWORD))
+    assert await read(await store.fetch("a.ubj")) == DATA
 
 
 async def test_redirects_to_elsewhere_are_refused(
