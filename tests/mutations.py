@@ -52,6 +52,14 @@ def mutant(seed: int, number: int) -> Mutant:
     return Mutant(suffix, data[:LONGEST], done)
 
 
+def sound_answers(rows: Any) -> set[bytes]:
+    """Return what the models predict that the damage is done to."""
+    answers = {_model(kind).expected(rows).tobytes() for kind in KINDS}
+    stopped = _model("stopped")
+    best = stopped.booster.best_iteration + 1
+    return answers | {stopped.expected(rows, iterations=(0, best)).tobytes()}
+
+
 @functools.cache
 def _model(kind: str) -> zoo.Model:
     return zoo.model(kind, trees=2)
