@@ -211,7 +211,7 @@ async def test_a_registry_serves_from_it(proxy: FaultProxy, folder: Path, make_r
     await to_thread.run_sync(write, folder / "m.ubj", old.ubj)
     proxy.next(cut(after=1000), when=lambda request: request.target == "/m.ubj")
     proxy.next(call(replace_with(folder / "m.ubj", new.ubj)), when=lambda request: "range" in request)
-    registry = await make_registry(proxy.url)
+    registry = await make_registry(open_store(proxy.url, manifest=None))
     assert np.array_equal(await registry.predict("m", zoo.rows(3)), new.expected(zoo.rows(3)))
     assert registry.stats().load_failures == 0
     assert proxy.url in repr(registry)
