@@ -260,22 +260,19 @@ class Ledger:
         retired = self._shed()
         while self.queue:
             head = self.queue[0]
-            wanted, kept = head.wanted(self.table), head.kept(self.table)
+            wanted, kept = head.wanted(self.table), self._kept(head)
             if head.waiter.done():  # its load has gone
                 self._refuse(head)
             elif wanted <= self.free:
                 self.queue.popleft()
                 self._grant(head)
             elif wanted > self.free + self.unloading + self.idle - _idle(kept):
-                if head.beside in kept:
-                    head.beside = None  # there is no room for both
-                elif not head.grows and self._may_come_to_fit(head):
+                if not head.grows and self._may_come_to_fit(head, kept):
                     self._let_smaller_pass(head)
                     break
-                else:
-                    self._refuse(head)
+                self._refuse(head)
             else:
-                retired += self._evict(wanted - self.free - self.unloading, head)
+                retired += self._evict(wanted - self.free - self.unloading, head, kept)
                 break  # until the workers acknowledge
         return retired
 
@@ -286,19 +283,24 @@ class Ledger:
                 if not waiter.done():
                     waiter.set_result(True)
 
-    def _may_come_to_fit(self, head: Claim) -> bool:
+    def _kept(self, head: Claim) -> list[Entry[Any]]:
+        """Return what must not be evicted for ``head``; the version that it replaces only if others are enough."""
+        kept = head.kept(self.table)
+        enough = head.wanted(self.table) <= self.free + self.unloading + self.idle - _idle(kept)
+        return kept if enough or head.beside is None else []
+
+    def _may_come_to_fit(self, head: Claim, kept: list[Entry[Any]]) -> bool:
         """Say whether the end of leases can make room; it cannot take the place of pins, nor of the head's own."""
-        kept = sum(entry.size for entry in head.kept(self.table) if not entry.pinned)
-        return head.wanted(self.table) + kept <= self.room
+        own = sum(entry.size for entry in kept if not entry.pinned)
+        return head.wanted(self.table) + own <= self.room
 
     def _shed(self) -> Retired:
         """Evict what a smaller budget has no room for, as far as leases and pins let it."""
-        return self._evict(min(self.resident + self.reserved - self.budget, self.idle), None)
+        return self._evict(min(self.resident + self.reserved - self.budget, self.idle), None, [])
 
-    def _evict(self, wanted: int, head: Claim | None) -> Retired:
-        """Retire idle entries of ``wanted`` bytes together, but none that ``head`` needs."""
+    def _evict(self, wanted: int, head: Claim | None, kept: list[Entry[Any]]) -> Retired:
+        """Retire idle entries of ``wanted`` bytes together, but none of those that are ``kept`` for ``head``."""
         retired: Retired = []
-        kept = head.kept(self.table) if head is not None else []
         for entry in kept:
             self.lease(entry)
         while wanted > 0:

@@ -246,11 +246,9 @@ class ResidencyMachine(RuleBasedStateMachine):
             coming = ledger.free + ledger.unloading
             assert coming - for_claim[-1].size < head.wanted(ledger.table) <= coming
             assert not isinstance(head, GroupClaim) or not head.needs.keys() & {victim.key for victim in for_claim}
-            if any(victim is head.beside or victim.key == head.key for victim in for_claim):
-                idle = ledger.idle + sum(victim.size for victim in for_claim)
-                alone = next(victim for victim in for_claim if victim.key == head.key)
-                before = ledger.free + ledger.unloading - sum(victim.size for victim in for_claim)
-                assert before + idle - alone.size < head.wanted(ledger.table), "S3: the old version goes last"
+            if head.beside in for_claim:
+                possible = ledger.free + ledger.unloading + ledger.idle
+                assert possible - head.beside.size < head.wanted(ledger.table), "S3: the old version goes last"
         if shed:
             kept = ledger.resident + ledger.reserved + sum(victim.size for victim in for_claim)
             assert kept + shed[-1].size > ledger.budget
@@ -1009,7 +1007,8 @@ class ResidencyMachine(RuleBasedStateMachine):
         if head.grows:
             assert wanted <= ledger.free + ledger.unloading, "L6: it holds bytes and waits for a lease"
         elif wanted > ledger.free + ledger.unloading + idle:
-            kept = sum(entry.size for entry in head.kept(ledger.table) if not entry.pinned)
+            own = head.kept(ledger.table) if head.beside is None else []  # what it replaces may go
+            kept = sum(entry.size for entry in own if not entry.pinned)
             assert wanted + kept <= ledger.room, "L3: it waits for bytes that are pinned"
             passable = [c for c in ledger.queue if c.wanted(ledger.table) <= ledger.free and not c.waiter.done()]
             assert not passable or self.passed[head] == OVERTAKINGS
