@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import socket
@@ -16,14 +17,20 @@ from botocore.session import Session
 from servers.required import find_program
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
+
+    from modelcache import S3Store
+
+    Open = Callable[..., S3Store]
+    """``open_s3(server, "bucket/folder", **options)``; closed after the test."""
 
 ACCESS_KEY, SECRET_KEY = "AKIAIOSFODNN7EXAMPLE", "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY"  # of Amazon's documentation
 KEYS: dict[str, Any] = {"access_key_id": ACCESS_KEY, "secret_access_key": SECRET_KEY}
 """What S3Store takes."""
 
 _PATIENCE = 30.0
+_NUMBERS = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,19 @@ def _client(url: str) -> Any:
     return Session().create_client(
         "s3", endpoint_url=url, region_name="us-east-1", aws_access_key_id=ACCESS_KEY, aws_secret_access_key=SECRET_KEY
     )
+
+
+def new_bucket() -> str:
+    """Return the name of a bucket that no test has used."""
+    return f"bucket-{next(_NUMBERS)}"
+
+
+def fill(server: S3Server, objects: Mapping[str, bytes], **options: Any) -> str:
+    """Make a bucket with these objects, and return its name."""
+    bucket = server.make_bucket(new_bucket(), **options)
+    for key, data in objects.items():
+        server.put(bucket, key, data)
+    return bucket
 
 
 @contextmanager

@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
-import itertools
 import json
 import subprocess
 import sys
 import zlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -33,58 +32,16 @@ from servers import s3
 from servers.fault_proxy import FaultProxy, answer, rewrite
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
 
     from conftest import MakeRegistry
-
-    Open = Callable[..., S3Store]
-
-BUCKETS = (f"bucket-{number}" for number in itertools.count())
-
-
-@pytest.fixture(scope="module")
-def rclone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[s3.S3Server]:
-    with s3.rclone(tmp_path_factory.mktemp("rclone")) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def moto() -> Iterator[s3.S3Server]:
-    with s3.moto() as server:
-        yield server
-
-
-@pytest.fixture(params=["rclone", "moto"])
-def server(request: pytest.FixtureRequest) -> s3.S3Server:
-    found: s3.S3Server = request.getfixturevalue(request.param)
-    return found
-
-
-@pytest.fixture
-async def open_s3() -> AsyncIterator[Open]:
-    """Make stores over a server, or a proxy of one; all are closed after the test."""
-    made: list[S3Store] = []
-
-    def make(server: s3.S3Server | FaultProxy, place: str, **options: Any) -> S3Store:
-        made.append(S3Store(f"s3://{place}", **{"endpoint_url": server.url, "manifest": None, **s3.KEYS, **options}))
-        return made[-1]
-
-    yield make
-    for store in made:
-        await store.close()
+    from servers.s3 import Open
 
 
 async def read(artifact: Artifact | NotModified) -> bytes:
     assert isinstance(artifact, Artifact)
     return b"".join([chunk async for chunk in artifact.chunks])
-
-
-def fill(server: s3.S3Server, objects: Mapping[str, bytes], **options: Any) -> str:
-    bucket = server.make_bucket(next(BUCKETS), **options)
-    for key, data in objects.items():
-        server.put(bucket, key, data)
-    return bucket
 
 
 def paths(proxy: FaultProxy) -> list[str]:
@@ -99,7 +56,7 @@ async def test_it_keeps_the_contract(server: s3.S3Server, open_s3: Open, folder:
 
     async def make(artifacts: Mapping[str, bytes]) -> ArtifactStore:
         placed = {f"{folder}{name}".removeprefix("/"): data for name, data in artifacts.items()}
-        return open_s3(server, await to_thread.run_sync(fill, server, placed) + folder)
+        return open_s3(server, await to_thread.run_sync(s3.fill, server, placed) + folder)
 
     await check_store(make)
 
@@ -107,7 +64,7 @@ async def test_it_keeps_the_contract(server: s3.S3Server, open_s3: Open, folder:
 async def test_a_registry_serves_from_it(rclone: s3.S3Server, make_registry: MakeRegistry) -> None:
     """From the bucket to an answer, by URL; and nothing of the client is left when the registry is closed."""
     model, rows = zoo.model(), zoo.rows(3)
-    bucket = fill(rclone, {"models/m.tar.gz": model.targz, "models/n.ubj": model.ubj})
+    bucket = s3.fill(rclone, {"models/m.tar.gz": model.targz, "models/n.ubj": model.ubj})
     store = open_store(f"s3://{bucket}/models?region=eu-west-1&endpoint_url={rclone.url}", **s3.KEYS)
     registry = await make_registry(store)
     for name in ("m", "n"):
@@ -122,7 +79,7 @@ ODD = ("with space", "pläne/日本", "a+b%20c", "100%", "a&b=c;d", "what?#", "~
 
 async def test_names_are_taken_as_they_are(server: s3.S3Server, open_s3: Open) -> None:
     """Nothing in a name or a folder means anything to the protocol."""
-    store = open_s3(server, fill(server, {f"f o+o%/{name}.ubj": name.encode() for name in ODD}) + "/f o+o%")
+    store = open_s3(server, s3.fill(server, {f"f o+o%/{name}.ubj": name.encode() for name in ODD}) + "/f o+o%")
     for name in ODD:
         assert await read(await store.fetch(name)) == name.encode()
     assert sorted([name async for name in store.names()]) == sorted(ODD)
@@ -132,7 +89,7 @@ async def test_names_are_taken_as_they_are(server: s3.S3Server, open_s3: Open) -
 
 async def test_a_known_name_is_one_request(rclone: s3.S3Server, open_s3: Open) -> None:
     """The suffix that answered, or was listed, is remembered; for a new name the likely one is asked for at once."""
-    bucket = fill(rclone, {"a.ubj": b"a", "b.ubj": b"b", "c.json": b"c", "both.json": b"1", "both.tar.gz": b"2"})
+    bucket = s3.fill(rclone, {"a.ubj": b"a", "b.ubj": b"b", "c.json": b"c", "both.json": b"1", "both.tar.gz": b"2"})
     async with FaultProxy(rclone.url) as proxy:
         store = open_s3(proxy, bucket)
         for name, asked in (
@@ -153,7 +110,7 @@ async def test_a_known_name_is_one_request(rclone: s3.S3Server, open_s3: Open) -
 
 async def test_a_remembered_suffix_that_is_gone_is_looked_for_again(rclone: s3.S3Server, open_s3: Open) -> None:
     """A model that is uploaded again in another form is found, and one that is deleted is not."""
-    bucket = fill(rclone, {"a.ubj": b"binary"})
+    bucket = s3.fill(rclone, {"a.ubj": b"binary"})
     store = open_s3(rclone, bucket)
     assert await read(await store.fetch("a")) == b"binary"
     rclone.client.delete_object(Bucket=bucket, Key="a.ubj")
@@ -166,7 +123,7 @@ async def test_a_remembered_suffix_that_is_gone_is_looked_for_again(rclone: s3.S
 
 async def test_names_come_a_page_at_a_time(rclone: s3.S3Server, open_s3: Open) -> None:
     """The listing of a large bucket begins with its first page, and each name comes once."""
-    bucket = rclone.make_bucket(next(BUCKETS))
+    bucket = rclone.make_bucket(s3.new_bucket())
     assert rclone.folder is not None
     folder = rclone.folder / bucket
     keys = [f"m{number:04}{suffix}" for number in range(350) for suffix in (".json", ".x.ubj", ".ubj")]
@@ -186,7 +143,7 @@ async def test_names_come_a_page_at_a_time(rclone: s3.S3Server, open_s3: Open) -
 
 async def test_an_unchanged_object_is_not_sent(server: s3.S3Server, open_s3: Open) -> None:
     """Uploaded with the checksum that boto adds by default; with it aiobotocore's own check fails on a 304."""
-    bucket = fill(server, {"a.ubj": b"one"})
+    bucket = s3.fill(server, {"a.ubj": b"one"})
     store = open_s3(server, bucket)
     first = await store.fetch("a")
     assert await read(first) == b"one"
@@ -199,7 +156,7 @@ async def test_an_unchanged_object_is_not_sent(server: s3.S3Server, open_s3: Ope
 
 async def test_the_version_id_is_part_of_the_version(moto: s3.S3Server, open_s3: Open) -> None:
     """In a bucket with versions; the same bytes uploaded again are not sent again."""
-    bucket = fill(moto, {"a.ubj": b"one"}, versions=True)
+    bucket = s3.fill(moto, {"a.ubj": b"one"}, versions=True)
     store = open_s3(moto, bucket)
     first = await store.fetch("a")
     assert isinstance(first, Artifact)
@@ -227,7 +184,7 @@ WRONG = encoded(bytes(4))
 
 async def test_announced_checksums_are_enforced(moto: s3.S3Server, open_s3: Open) -> None:
     """A4: of the whole object; a SHA-256 is left to the worker, and one of parts or in an unknown form says nothing."""
-    bucket = fill(moto, {"a.ubj": DATA})
+    bucket = s3.fill(moto, {"a.ubj": DATA})
     async with FaultProxy(moto.url) as proxy:
         store = open_s3(proxy, bucket)
         for announced in (
@@ -248,7 +205,7 @@ async def test_announced_checksums_are_enforced(moto: s3.S3Server, open_s3: Open
 
 async def test_a_sha256_is_asked_for(moto: s3.S3Server, open_s3: Open) -> None:
     """S3 tells a checksum only to those who ask for it."""
-    bucket = fill(moto, {})
+    bucket = s3.fill(moto, {})
     moto.put(bucket, "a.ubj", DATA, ChecksumAlgorithm="SHA256")
     artifact = await open_s3(moto, bucket).fetch("a")
     assert isinstance(artifact, Artifact)
@@ -296,7 +253,7 @@ async def test_each_refusal_names_its_remedy(rclone: s3.S3Server, open_s3: Open)
 
 async def test_a_missing_name_may_be_answered_by_a_refusal(rclone: s3.S3Server, open_s3: Open) -> None:
     """Without s3:ListBucket what is not there is refused: the suffix that is there is found all the same."""
-    bucket = fill(rclone, {"a.ubj": b"one"})
+    bucket = s3.fill(rclone, {"a.ubj": b"one"})
     async with FaultProxy(rclone.url) as proxy:
         proxy.next(answer(403, refusal("AccessDenied")), when=lambda request: ".ubj" not in request.target, times=None)
         store = open_s3(proxy, bucket)
@@ -331,7 +288,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 async def test_credentials_come_by_the_standard_chain(rclone: s3.S3Server, clean_environment: Path) -> None:
     """From a profile; without any, or with a profile that is not there, the error says what to set, until it is set."""
-    bucket = fill(rclone, {"a.ubj": b"one"})
+    bucket = s3.fill(rclone, {"a.ubj": b"one"})
     store = S3Store(f"s3://{bucket}?endpoint_url={rclone.url}")
     with pytest.raises(StoreAccessDeniedError, match=r"no credentials for s3://.*Set AWS_PROFILE"):
         await store.fetch("a")
@@ -375,7 +332,7 @@ def test_a_url_that_cannot_be_meant_is_refused(url: str, said: str) -> None:
 
 async def test_one_client_is_made_and_made_again_after_close(rclone: s3.S3Server, open_s3: Open) -> None:
     """First fetches that come together share it; a call after close makes a new one."""
-    bucket = fill(rclone, {"a.ubj": b"one"})
+    bucket = s3.fill(rclone, {"a.ubj": b"one"})
     async with FaultProxy(rclone.url) as proxy:
         store = open_s3(proxy, bucket)
         given_up = asyncio.create_task(store.fetch("a.ubj"))
