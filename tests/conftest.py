@@ -12,10 +12,13 @@ import pytest
 from blockbuster import blockbuster_ctx
 
 import oracle
-from modelcache import MemoryStore, ModelRegistry
+from modelcache import MemoryStore, ModelRegistry, S3Store
+from servers import s3
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+    from servers.fault_proxy import FaultProxy
 
     MakeRegistry = Callable[..., Awaitable[ModelRegistry]]
 
@@ -71,6 +74,37 @@ async def make_registry(no_processes_left: None) -> AsyncIterator[MakeRegistry]:
         oracle.check_gone(registry)
     await asyncio.sleep(0)
     assert oracle.open_descriptors() <= descriptors, "a socket or file is left open"
+
+
+@pytest.fixture(scope="session")
+def rclone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[s3.S3Server]:
+    with s3.models_parsed_once(), s3.rclone(tmp_path_factory.mktemp("rclone")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[s3.S3Server]:
+    with s3.models_parsed_once(), s3.moto() as server:
+        yield server
+
+
+@pytest.fixture(params=["rclone", "moto"])
+def server(request: pytest.FixtureRequest) -> s3.S3Server:
+    found: s3.S3Server = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture
+async def open_s3() -> AsyncIterator[s3.Open]:
+    """Make stores over a server, or a proxy of one; all are closed after the test."""
+    async with AsyncExitStack() as stack:
+
+        def make(server: s3.S3Server | FaultProxy, place: str, **options: Any) -> S3Store:
+            store = S3Store(f"s3://{place}", **{"endpoint_url": server.url, **s3.KEYS, **options})
+            stack.push_async_callback(store.close)
+            return store
+
+        yield make
 
 
 async def settle(times: int = 20) -> None:

@@ -59,8 +59,8 @@ class S3Store:
 
     * ``access_key_id``, ``secret_access_key``, ``session_token``: without them the standard chain is asked:
       environment, profile, web identity, container, instance. ``anonymous`` sends none, for public buckets.
-    * ``path_style``: whether the bucket is part of the path, not of the host. By default so at endpoints that are not
-      Amazon's, since few of them have a host name for each bucket.
+    * ``path_style``: whether the bucket is part of the path, or of the host. By default it is in the path at an
+      ``endpoint_url``, since few servers have a host name for each bucket.
     * ``connect_timeout``, ``read_timeout``: seconds for a connection, and for the next bytes of an answer.
     * ``attempts``: of one request, in the "standard" mode of botocore, whose retries run dry in a long outage.
     * ``max_connections``: open at once; more requests than that wait for one.

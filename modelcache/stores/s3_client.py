@@ -10,7 +10,6 @@ import zlib
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import anyio.to_thread
 from aiobotocore.config import AioConfig
@@ -161,7 +160,7 @@ def _run_in_thread(options: S3Options) -> S3Client:
     async def make() -> S3Client:
         stack = AsyncExitStack()
         session = AioSession(profile=options.profile)
-        client = await stack.enter_async_context(session.create_client("s3", **_arguments(options)))
+        client = await stack.enter_async_context(session.create_client("s3", **_arguments(options, session)))
         if not (options.anonymous or options.access_key_id) and await session.get_credentials() is None:
             raise NoCredentialsError
         return S3Client(client, stack, options)
@@ -169,16 +168,14 @@ def _run_in_thread(options: S3Options) -> S3Client:
     return asyncio.run(make())
 
 
-def _arguments(options: S3Options) -> dict[str, Any]:
-    host = urlsplit(options.endpoint_url or "").hostname
-    custom = isinstance(host, str) and not host.endswith(".amazonaws.com")
-    path_style = custom if options.path_style is None else options.path_style
+def _arguments(options: S3Options, session: AioSession) -> dict[str, Any]:
+    style = {} if options.path_style is None else {"addressing_style": "path" if options.path_style else "virtual"}
     config = AioConfig(
         connect_timeout=options.connect_timeout,
         read_timeout=options.read_timeout,
         max_pool_connections=options.max_connections,
         retries={"mode": "standard", "total_max_attempts": options.attempts},
-        s3={"addressing_style": "path"} if path_style else None,
+        s3=style or None,
         # What checks a body by itself knows neither of ranges nor of bodies that are resumed, and of a "304 Not
         # Modified" with a checksum it makes a TypeError: what is announced is asked for and checked here instead.
         response_checksum_validation="when_required",
@@ -187,7 +184,8 @@ def _arguments(options: S3Options) -> dict[str, Any]:
     return {
         "config": config,
         "endpoint_url": options.endpoint_url,
-        "region_name": options.region or ("us-east-1" if custom else None),
+        # Amazon tells where the bucket is, and the request is sent there; most other servers take any region.
+        "region_name": options.region or session.get_config_variable("region") or "us-east-1",
         "aws_access_key_id": options.access_key_id,
         "aws_secret_access_key": options.secret_access_key,
         "aws_session_token": options.session_token,

@@ -13,7 +13,6 @@ from botocore.exceptions import (
     HTTPClientError,
     IncompleteReadError,
     NoCredentialsError,
-    NoRegionError,
     ParamValidationError,
     PartialCredentialsError,
     ProfileNotFound,
@@ -78,7 +77,6 @@ _CERTIFICATE = (
     "Name the file of its certificate authority by AWS_CA_BUNDLE, and check whether endpoint_url begins with the right "
     "one of https:// and http://."
 )
-_MISTAKES = {NoRegionError: "Set region=... or AWS_REGION.", ParamValidationError: "Check the name of the bucket."}
 _READABLE_LATER = frozenset({"InvalidObjectState"})
 _REFUSED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 _BUSY = (HTTPStatus.TOO_MANY_REQUESTS,)
@@ -114,7 +112,7 @@ def explained(error: Exception, options: S3Options, name: str | None) -> ModelCa
         remedy = _CERTIFICATE if isinstance(error, SSLError) else "Check endpoint_url, region and the network."
         what = str(error).rstrip(".") or type(error).__name__
         return StoreUnavailableError(f"The connection to {where} failed: {what}. {remedy}", model=name)
-    remedy = next((remedy for kind, remedy in _MISTAKES.items() if isinstance(error, kind)), "")
+    remedy = "Check the name of the bucket." if isinstance(error, ParamValidationError) else ""
     return StoreError(f"The client of {bucket} failed: {error} {remedy}".rstrip(), model=name)
 
 
@@ -123,7 +121,7 @@ def _answered(error: ClientError, options: S3Options, name: str | None) -> Model
     status, headers = answer.get("HTTPStatusCode", 0), answer.get("HTTPHeaders", {})
     message = error.response["Error"].get("Message", "").rstrip(".")
     remedy = _REMEDIES.get(code) or _REMEDIES["AccessDenied" if status == HTTPStatus.FORBIDDEN else ""]
-    said = f"s3://{options.bucket} answered {status} {code} ({message}). {remedy}".rstrip()
+    said = f"s3://{options.bucket} answered {status} {code}, {message!r}. {remedy}".rstrip()
     if code in _NOT_THERE or (status == HTTPStatus.NOT_FOUND and code != "NoSuchBucket"):
         return ModelNotFoundError(f"There is no model {name!r}: {said}", model=name)
     if code in _THROTTLED or status in _BUSY or status >= HTTPStatus.INTERNAL_SERVER_ERROR:

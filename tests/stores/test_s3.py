@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 import zlib
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -235,7 +236,7 @@ async def test_each_refusal_names_its_remedy(rclone: s3.S3Server, open_s3: Open)
             (404, "NoSuchBucket", StoreError, "Check its name, endpoint_url"),
             (301, "PermanentRedirect", StoreError, "name it by region="),
             (403, "InvalidObjectState", StoreError, "restore it"),
-            (400, "InvalidRequest", StoreError, "s3://bucket answered 400 InvalidRequest (Reason)."),
+            (400, "InvalidRequest", StoreError, "s3://bucket answered 400 InvalidRequest, 'Reason'."),
             (404, "NoSuchKey", ModelNotFoundError, "no model 'a.ubj'"),
             (400, "KeyTooLongError", ModelNotFoundError, "no model 'a.ubj'"),
         ):
@@ -328,6 +329,38 @@ def test_a_url_that_cannot_be_meant_is_refused(url: str, said: str) -> None:
     with pytest.raises(StoreError, match=said) as raised:
         S3Store(url)
     assert "SECRET" not in str(raised.value)
+
+
+async def test_the_bucket_is_in_the_path_of_an_endpoint_with_a_name(rclone: s3.S3Server, open_s3: Open) -> None:
+    """Few servers have a host name for each bucket; whoever has one that needs it says ``path_style=false``."""
+    bucket = s3.fill(rclone, {"a.ubj": b"one"})
+    async with FaultProxy(rclone.url) as proxy:
+        named = proxy.url.replace("127.0.0.1", "localhost")
+        store = open_s3(proxy, bucket, endpoint_url=named)
+        assert await read(await store.fetch("a.ubj")) == b"one"
+        assert proxy.requests[-1].target == f"/{bucket}/a.ubj"
+        other = open_s3(proxy, f"{bucket}?path_style=false", endpoint_url=named, attempts=1)
+        with suppress(StoreError):  # such a name may resolve, and rclone answers then
+            await read(await other.fetch("a.ubj"))
+        assert other._client is not None
+        assert other._client._client.meta.config.s3 == {"addressing_style": "virtual"}
+
+
+async def test_a_public_bucket_needs_no_credentials(moto: s3.S3Server, clean_environment: Path) -> None:
+    """``anonymous`` signs nothing, and looks for no credentials."""
+    bucket = s3.fill(moto, {})
+    moto.put(bucket, "a.ubj", b"one", ACL="public-read")
+    async with FaultProxy(moto.url) as proxy:
+        store = S3Store(f"s3://{bucket}?anonymous=true&endpoint_url={proxy.url}")
+        assert await read(await store.fetch("a.ubj")) == b"one"
+        assert [request.get("authorization") for request in proxy.requests] == [None]
+        await store.close()
+
+
+async def test_a_bucket_that_can_have_no_such_name_is_refused(open_s3: Open, rclone: s3.S3Server) -> None:
+    """Before any request."""
+    with pytest.raises(StoreError, match="Check the name of the bucket"):
+        await open_s3(rclone, "no bucket").fetch("a.ubj")
 
 
 async def test_one_client_is_made_and_made_again_after_close(rclone: s3.S3Server, open_s3: Open) -> None:
