@@ -100,7 +100,7 @@ async def open_s3() -> AsyncIterator[s3.Open]:
     async with AsyncExitStack() as stack:
 
         def make(server: s3.S3Server | FaultProxy, place: str, **options: Any) -> S3Store:
-            store = S3Store(f"s3://{place}", **{"endpoint_url": server.url, **s3.KEYS, **options})
+            store = S3Store(f"s3://{place}", **{"endpoint_url": server.url, "manifest": None, **s3.KEYS, **options})
             stack.push_async_callback(store.close)
             return store
 

@@ -351,7 +351,7 @@ async def test_a_public_bucket_needs_no_credentials(moto: s3.S3Server, clean_env
     bucket = s3.fill(moto, {})
     moto.put(bucket, "a.ubj", b"one", ACL="public-read")
     async with FaultProxy(moto.url) as proxy:
-        store = S3Store(f"s3://{bucket}?anonymous=true&endpoint_url={proxy.url}")
+        store = S3Store(f"s3://{bucket}?anonymous=true&endpoint_url={proxy.url}", manifest=None)
         assert await read(await store.fetch("a.ubj")) == b"one"
         assert [request.get("authorization") for request in proxy.requests] == [None]
         await store.close()
