@@ -8,6 +8,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import anyio.to_thread
+
 from modelcache.errors import ModelNotFoundError, StoreAccessDeniedError, StoreError
 from modelcache.stores.base import Artifact, NotModified
 from modelcache.stores.disk_tier import DiskCopy
@@ -73,16 +75,22 @@ class Origin:
         self.store = store
         self.tier = tier
         self._refresh_after = refresh_after
-        url = getattr(store, "url", None)
-        self._id: str = url if isinstance(url, str) else type(store).__qualname__
-        self._confirmed: dict[str, str] | None = {} if url is None else None
+        self._id = type(store).__qualname__
+        self._confirmed: dict[str, str] | None = {}
         """Versions that this very store has confirmed; None if its URL tells whose copies they are."""
         self._discarding: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:
         """Get ready; the store does so with its first fetch."""
         if self.tier is not None:
+            await anyio.to_thread.run_sync(self._find_out_whose_copies)
             await self.tier.open()
+
+    def _find_out_whose_copies(self) -> None:
+        """Ask for the store's URL; in a thread, as that of a relative path depends on the current directory."""
+        url = getattr(self.store, "url", None)
+        if isinstance(url, str):
+            self._id, self._confirmed = url, None
 
     async def close(self) -> None:
         """Let go of the copies, which stay; the store is closed by whoever has opened it."""

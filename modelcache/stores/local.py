@@ -44,10 +44,13 @@ class LocalStore:
 
     def __init__(self, root: str | os.PathLike[str], *, manifest: str | None = MANIFEST) -> None:
         self.root = Path(root).expanduser()
-        self.url = self.root.absolute().as_uri()
-        """Tells whose copies those in a disk cache are."""
         self._suffixes = Suffixes()
         self._manifest = Manifest(manifest, self._fetch_file)
+
+    @property
+    def url(self) -> str:
+        """Tells whose copies those in a disk cache are."""
+        return self.root.absolute().as_uri()
 
     async def fetch(self, name: str, *, if_version: str | None = None) -> Artifact | NotModified:
         """Return the artifact. A small one has been read by then, of a larger one the file is open."""
