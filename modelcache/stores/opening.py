@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-from importlib.metadata import entry_points
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
@@ -13,7 +12,7 @@ from modelcache.errors import ModelCacheError, StoreError
 from modelcache.stores.base import ArtifactStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from importlib.metadata import EntryPoint
 
     Factory = Callable[..., ArtifactStore]
@@ -83,7 +82,7 @@ def _folder(url: str) -> str:
 
 
 def _registered(scheme: str, url: str, options: dict[str, Any]) -> ArtifactStore:
-    found = {entry.value: entry for entry in entry_points(group=GROUP, name=scheme)}
+    found = {entry.value: entry for entry in _entries() if entry.name == scheme}
     if not found:
         raise _unknown(scheme)
     if len(found) > 1:
@@ -106,6 +105,12 @@ def _registered(scheme: str, url: str, options: dict[str, Any]) -> ArtifactStore
     return store
 
 
+def _entries() -> Iterable[EntryPoint]:
+    from importlib.metadata import entry_points  # noqa: PLC0415 - takes 10 ms, and most apps open none of these
+
+    return entry_points(group=GROUP)
+
+
 def _origin(entry: EntryPoint) -> str:
     package = f" of {entry.dist.name} {entry.dist.version}" if entry.dist else ""
     return f"{entry.value}{package}"
@@ -113,7 +118,7 @@ def _origin(entry: EntryPoint) -> str:
 
 def _unknown(scheme: str) -> StoreError:
     """Say which schemes there are, and how to come by this one."""
-    registered = {entry.name for entry in entry_points(group=GROUP)}
+    registered = {entry.name for entry in _entries()}
     known = ", ".join(f"{name}://" for name in sorted(registered | _SHIPPED.keys()))
     return StoreError(
         f"There is no store for {scheme}:// URLs; there is one for {known} and for a folder's path.{_hint(scheme)} "
