@@ -75,7 +75,9 @@ class Loader:
 
         def ended(task: asyncio.Task[None]) -> None:
             self.tasks.discard(task)
-            if flight.reserve is not None:  # in vain; here, as a task that is cancelled at once never runs
+            # Here, as a task that is cancelled at once never runs.
+            self._state.note_end_of_renewal(flight)
+            if flight.reserve is not None:  # in vain
                 self._state.retire(self._state.ledger.give_back(flight.reserve))
 
         task.add_done_callback(ended)

@@ -78,13 +78,20 @@ class Origin:
         self._id = type(store).__qualname__
         self._confirmed: dict[str, str] | None = {}
         """Versions that this very store has confirmed; None if its URL tells whose copies they are."""
+        self._has_opened = False
         self._discarding: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:
         """Get ready; the store does so with its first fetch."""
         if self.tier is not None:
+            if self.tier.is_open:
+                raise StoreError(
+                    f"{self.tier!r} is in use already: give each registry a DiskTier of its own; the folder may be "
+                    "the same."
+                )
             await anyio.to_thread.run_sync(self._find_out_whose_copies)
             await self.tier.open()
+            self._has_opened = True
 
     def _find_out_whose_copies(self) -> None:
         """Ask for the store's URL; in a thread, as that of a relative path depends on the current directory."""
@@ -96,7 +103,8 @@ class Origin:
         """Let go of the copies, which stay; the store is closed by whoever has opened it."""
         if self._discarding:
             await asyncio.wait(self._discarding)
-        if self.tier is not None:
+        if self.tier is not None and self._has_opened:
+            self._has_opened = False
             await self.tier.close()
 
     async def find(self, name: str, *, held: str | None = None, fresh: bool = False) -> Found | NotModified:

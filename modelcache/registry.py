@@ -150,7 +150,11 @@ class ModelRegistry:
     async def _start(self) -> None:
         try:
             await self._origin.open()
-            await self._pool.start()
+            try:
+                await self._pool.start()
+            except BaseException:
+                await self._origin.close()
+                raise
         except BaseException:
             self._starting = self._life.started_on = None
             raise

@@ -168,6 +168,12 @@ class Residency:
         place.checked_at, place.doubt = self.clock(), None
         place.trusted_until = place.checked_at + self._refresh_after
 
+    def note_end_of_renewal(self, flight: Flight) -> None:
+        """A flight has ended: if nothing came of it, what it was to renew is as old as it was."""
+        if flight.renews is not None and flight.renews.value.trusted_until == inf:
+            place: Resident = flight.renews.value
+            place.trusted_until = place.checked_at + self._refresh_after
+
     def not_renewed(self, flight: Flight, error: ModelCacheError) -> bool:
         """A renewal has failed: say whether the version that was to be replaced serves on."""
         entry = flight.renews

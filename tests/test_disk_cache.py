@@ -15,10 +15,12 @@ import zoo
 from modelcache import (
     Artifact,
     DiskTier,
+    ModelCacheError,
     ModelNotFoundError,
     ModelRegistry,
     NotModified,
     StoreAccessDeniedError,
+    StoreError,
     StoreUnavailableError,
     origin,
 )
@@ -327,6 +329,42 @@ def _deaf(end_saving: Callable[[ArtifactChannel, int, Saved | None], None]) -> A
 
 
 # Beside everything else
+
+
+async def test_a_tier_belongs_to_one_registry(make_registry: MakeRegistry, tmp_path: Path) -> None:
+    """Two would close it for each other; the folder may be shared, and the tier used again after the first closes."""
+    tier, store = DiskTier(tmp_path), Remote({"m.ubj": OLD.ubj})
+    first = await make_registry(store, disk_cache=tier)
+    second = ModelRegistry(store, disk_cache=tier)
+    with pytest.raises(StoreError, match="give each registry a DiskTier of its own"):
+        await second.start()
+    await second.close()
+    await first.load("m")
+    assert await reload(first) == "disk"
+    await first.close()
+    assert (await (await make_registry(store, disk_cache=tier)).invoke("m", ROWS)).tier == "disk"
+
+
+async def test_a_folder_that_cannot_be_used_is_told_at_the_start(tmp_path: Path) -> None:
+    """The first call says what is wrong with disk_cache, and the registry can be started once that is mended."""
+    place = tmp_path / "file"
+    place.write_bytes(b"")
+    registry = ModelRegistry(Remote({"m.ubj": OLD.ubj}), disk_cache=place, workers=1)
+    with pytest.raises(StoreError, match="is not a folder"):
+        await registry.predict("m", ROWS)
+    place.unlink()
+    assert np.array_equal(await registry.predict("m", ROWS), OLD.expected(ROWS))
+    await registry.close()
+
+
+async def test_a_start_that_fails_leaves_the_tier_closed(tmp_path: Path) -> None:
+    """The workers do not come up; the tier can be used by another registry."""
+    tier = DiskTier(tmp_path)
+    registry = ModelRegistry(Remote({}), disk_cache=tier, workers=1, predictor="nowhere:Nothing")
+    with pytest.raises(ModelCacheError):
+        await registry.start()
+    assert not tier.is_open
+    await registry.close()
 
 
 async def test_groups_know_the_size_of_copies(make_registry: MakeRegistry, tmp_path: Path) -> None:

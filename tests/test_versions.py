@@ -513,6 +513,27 @@ async def test_a_revalidation_that_fails_is_not_repeated_at_once(make_registry: 
     assert "could not be renewed" not in registry.explain("m")
 
 
+async def test_a_refresh_that_is_given_up_in_the_queue_leaves_the_version_as_old_as_it_was(
+    make_registry: MakeRegistry,
+) -> None:
+    """F9: its caller was cancelled before the store was asked; the next call that finds it too old asks again."""
+    store, clock = Upright({"m.ubj": OLD.ubj, "n.ubj": OLD.ubj}), FakeClock()
+    registry = await make_registry(store, refresh_after=60, clock=clock, load_concurrency=1)
+    await registry.load("m")
+    store.shut("n")
+    other = asyncio.create_task(registry.load("n"))
+    await store.fetched(2)
+    refreshing = asyncio.create_task(registry.refresh("m"))
+    await settle()
+    refreshing.cancel()
+    store.open("n")
+    await asyncio.wait((refreshing, other))
+    clock.advance(60)
+    assert await answers(registry, OLD)
+    await revalidated(registry)
+    assert store.fetches == ["m", "n", "m"]
+
+
 async def test_a_deletion_is_noticed_in_the_background(make_registry: MakeRegistry) -> None:
     """With refresh_after a model that the store has no more leaves by itself."""
     store, clock = Upright({"m.ubj": OLD.ubj}), FakeClock()

@@ -123,6 +123,11 @@ class DiskTier:
         """Published copies, as of the same moment; copies of equal bytes share a file."""
         return self._totals.copies
 
+    @property
+    def is_open(self) -> bool:
+        """True between :meth:`open` and :meth:`close`."""
+        return self._index is not None
+
     def __repr__(self) -> str:
         return (
             f"<DiskTier {self.path} {self.copies} copies, {show_bytes(self.bytes)} of {show_bytes(self.budget)}"
