@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from modelcache import Event, NotModified
 
 CLOSE_PATIENCE = "modelcache.registry._STORE_PATIENCE"
-ACLOSE_PATIENCE = "modelcache.loader._ACLOSE_TIMEOUT"
+ACLOSE_PATIENCE = "modelcache.origin._ACLOSE_TIMEOUT"
 SHORT, LONG = 0.05, 20.0
 
 Kind = type[BaseException]
