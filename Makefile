@@ -19,7 +19,7 @@ demo: $(VENV)/.demo
 	$(BIN)/modelcache demo
 
 test: $(VENV)/.test nginx
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto
 
 # A web server for the tests of HTTPStore, which pip does not bring. Whoever is not root on Debian installs it or sees
 # these tests skipped.
