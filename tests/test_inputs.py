@@ -555,9 +555,9 @@ def test_rows_are_not_changed(name: str) -> None:
 
 
 def pickled(rows: Any) -> bytes:
-    """Return what tells whether rows have changed: of those of pandas the cells, as it notes in them what it was asked."""
+    """Return what tells whether rows have changed; of those of pandas the cells: it notes in them what it was asked."""
     is_of_pandas = type(rows).__module__.startswith("pandas.")
-    return pickle.dumps(np.asarray(rows, object) if is_of_pandas else rows)
+    return pickle.dumps(repr(np.asarray(rows, object).tolist()) if is_of_pandas else rows)
 
 
 def test_sparse_and_frames_are_not_changed() -> None:
