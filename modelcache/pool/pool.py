@@ -334,7 +334,8 @@ class Pool:
                 successor = await self._start_worker(worker.index)
             except Exception as error:  # noqa: BLE001 - whatever it is, those who wait have to hear of it
                 self._broken = _as_crash(error)
-                logger.error("no worker can be started: %s", error)  # noqa: TRY400 - the error says it all
+                if not self._closing.is_set():  # or it was given up, since nobody needs it any more
+                    logger.error("no worker can be started: %s", error)  # noqa: TRY400 - the error says it all
             else:
                 self._broken = None
                 self.restarts += 1

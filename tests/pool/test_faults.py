@@ -746,6 +746,17 @@ async def test_while_no_worker_can_be_started_calls_fail_at_once(scene: Scene, m
     assert (await scene.registry.predict("other", ROW)).tolist() == [42]
 
 
+async def test_closing_while_a_worker_is_replaced_is_no_error(
+    make_registry: MakeRegistry, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rule F11: a start that the close has given up is nothing to be told of."""
+    registry = await make_registry(predictor=odd.ODD)
+    send(registry, signal.SIGKILL)
+    await until(lambda: not registry._pool.workers)
+    await registry.close()
+    assert [record.message for record in caplog.records if "is replaced" not in record.message] == []
+
+
 # Nothing is left
 
 
