@@ -556,7 +556,7 @@ def test_rows_are_not_changed(name: str) -> None:
 
 def pickled(rows: Any) -> bytes:
     """Return what tells whether rows have changed; of those of pandas the cells: it notes in them what it was asked."""
-    is_of_pandas = type(rows).__module__.startswith("pandas.")
+    is_of_pandas = type(rows).__module__.split(".")[0] == "pandas"
     return pickle.dumps(repr(np.asarray(rows, object).tolist()) if is_of_pandas else rows)
 
 
