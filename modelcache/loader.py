@@ -50,6 +50,13 @@ _NEVER_REMEMBERED = (ModelTooLargeError, BudgetTimeoutError, RegistryClosedError
 _CHANGES_FOLLOWED = 5
 """So many times a load begins again because the artifact was replaced meanwhile."""
 
+_LOSSES_FORGIVEN = 8
+"""So many workers may end while a load waits for their parser or is streamed to them. Nearly always that is over
+something else; but unpacking may exhaust the memory there is, and must not end one worker after the other."""
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
+"""Seconds before a load is tried in a third worker, and the most that the doubling pauses after it grow to."""
+
 
 class LeftMeanwhileError(Exception):
     """The version that was to be renewed is current, and has left the memory while the store was asked."""
@@ -144,7 +151,7 @@ class Loader:
 
     async def _bring(self, flight: Flight) -> Attempt | None:
         """Attempt the load until it is decided, within the load timeout; return what has landed a model, if any has."""
-        needed = crashes = 0
+        needed = losses = crashes = 0
         deadline = 0.0
         while True:
             try:
@@ -156,9 +163,11 @@ class Loader:
             except NoRoomError as full:
                 await self._park(flight, full.needed, deadline)
             except WorkerLostError as lost:
-                crashes += 1
-                if crashes > CRASHES_FORGIVEN:
-                    raise _crashed(flight.key, lost) from lost
+                losses += 1
+                crashes += lost.parsing
+                if crashes > CRASHES_FORGIVEN or losses > _LOSSES_FORGIVEN:
+                    raise _crashed(flight.key, lost, losses) from lost
+                await asyncio.sleep(_pause(losses))
 
     async def _attempt_by(self, deadline: float, flight: Flight, needed: int) -> Attempt | None:
         try:
@@ -258,9 +267,14 @@ def _closed(flight: Flight) -> RegistryClosedError:
     return RegistryClosedError("The registry was closed while this model was loading.", model=flight.key)
 
 
-def _crashed(key: str, lost: WorkerLostError) -> WorkerCrashedError:
+def _pause(losses: int) -> float:
+    """Return the seconds to wait after so many workers: nothing after the first, as others are up or nearly so."""
+    return min(_FIRST_PAUSE * 2 ** (losses - 2), _LONGEST_PAUSE) if losses > 1 else 0.0
+
+
+def _crashed(key: str, lost: WorkerLostError, losses: int) -> WorkerCrashedError:
     epitaph = lost.epitaph
     return WorkerCrashedError(
-        f"Two workers ended while {key} was loading: {epitaph}.",
+        f"{'Two' if lost.parsing else losses} workers ended while {key} was loading: {epitaph}.",
         model=key, pid=epitaph.pid, signal=epitaph.signal, exit_code=epitaph.exit_code,
     )  # fmt: skip

@@ -192,7 +192,7 @@ class ArtifactChannel(Channel):
         """The worker is gone: wake everyone who waits for it."""
         loadings, self._loadings = self._loadings, {}
         for loading in loadings.values():
-            loading.error = WorkerLostError(epitaph)
+            loading.error = WorkerLostError(epitaph, parsing=loading.parsing)
             loading.tell()
         for model in tuple(self._saving):
             self._end_saving(model, None)

@@ -52,8 +52,12 @@ def _name(number: int) -> str:
 
 
 class WorkerLostError(Exception):
-    """The worker ended under this call or load; internal, the registry retries or raises WorkerCrashedError."""
+    """The worker ended under this call or load; internal, the registry retries or raises WorkerCrashedError.
 
-    def __init__(self, epitaph: Epitaph) -> None:
+    ``parsing`` is True for the one load that its parser was at, which may be what ended it.
+    """
+
+    def __init__(self, epitaph: Epitaph, *, parsing: bool = False) -> None:
         super().__init__(str(epitaph))
         self.epitaph = epitaph
+        self.parsing = parsing

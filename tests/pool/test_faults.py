@@ -33,6 +33,7 @@ from modelcache import (
     WorkerCrashedError,
     WorkerDied,
 )
+from modelcache.loader import _pause
 from modelcache.pool.lost import Epitaph
 
 if TYPE_CHECKING:
@@ -238,6 +239,58 @@ async def test_a_kill_while_an_artifact_streams_costs_one_more_fetch(make_regist
     store.go_on.set()
     assert np.array_equal(await call, model.expected(rows))
     assert store.fetches == 2
+
+
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A load that loses its worker again and again is tried again at once."""
+    monkeypatch.setattr("modelcache.loader._LONGEST_PAUSE", 0.0)
+
+
+class EndingStore(HalfwayStore):
+    """Half of its artifact has been delivered whenever the worker is to end."""
+
+    async def kill_at_each_fetch(self, registry: ModelRegistry, *, times: int) -> None:
+        for killed in range(times):
+            async with asyncio.timeout(LONG):
+                await self.halfway.wait()
+            self.halfway.clear()
+            worker = only_worker(registry)
+            send(registry, signal.SIGKILL)
+            await until(lambda worker=worker: not worker.alive)  # type: ignore[misc]
+            go_on, self.go_on = self.go_on, asyncio.Event()
+            go_on.set()
+            await restarted(registry, killed + 1)
+        self.go_on.set()
+
+
+@pytest.mark.usefixtures("no_pauses")
+async def test_the_deaths_of_workers_do_not_count_against_a_load_on_its_way(make_registry: MakeRegistry) -> None:
+    """Rule P1: only what the parser was at can have ended the worker; who came by is tried until it is loaded."""
+    model, rows = zoo.model(), zoo.rows(2)
+    store = EndingStore({"m.ubj": model.ubj})
+    registry = await make_registry(store)
+    call = asyncio.create_task(registry.predict("m", rows))
+    await store.kill_at_each_fetch(registry, times=5)
+    assert np.array_equal(await call, model.expected(rows))
+    assert store.fetches == 6
+
+
+@pytest.mark.usefixtures("no_pauses")
+async def test_a_load_on_its_way_gives_up_in_the_end(make_registry: MakeRegistry) -> None:
+    """Rule P1: it may be what exhausts the memory, and must not take worker after worker with it."""
+    store = EndingStore({"m.ubj": zoo.model().ubj})
+    registry = await make_registry(store)
+    call = asyncio.create_task(registry.load("m"))
+    await store.kill_at_each_fetch(registry, times=9)
+    with pytest.raises(WorkerCrashedError, match=r"9 workers ended while m was loading: .* SIGKILL") as caught:
+        await call
+    assert caught.value.model == "m"
+
+
+def test_a_load_that_loses_workers_is_tried_at_a_slower_and_slower_pace() -> None:
+    """The first time at once; a worker that ends as soon as it is up must not keep the store and the CPU busy."""
+    assert [_pause(losses) for losses in range(1, 10)] == [0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5, 5]
 
 
 async def test_a_kill_while_the_parser_runs_is_retried(make_registry: MakeRegistry, gate: odd.Gate) -> None:
