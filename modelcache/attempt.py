@@ -341,6 +341,17 @@ class Attempt:
         """Its share in the crash of its worker, if there was one."""
         return self._loading.blame if self._loading is not None else 0.0
 
+    def end_parsing(self) -> bool:
+        """Kill the worker if its parser is at this artifact still, past load_timeout; return whether it was.
+
+        Nothing else ends a parser, and whatever that worker is to load after it would wait in vain.
+        """
+        loading = self._loading
+        if self._worker is None or loading is None or not loading.parsing or loading.decided:
+            return False
+        self._worker.process.kill(f"it was still parsing {self._flight.key} after load_timeout")
+        return True
+
     def give_up(self) -> None:
         """Give back what it took; bytes that a worker may hold, only when it has freed them."""
         state, flight, worker, loading = self._state, self._flight, self._worker, self._loading

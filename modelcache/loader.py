@@ -172,7 +172,7 @@ class Loader:
     async def _attempt_by(self, deadline: float, flight: Flight, needed: int) -> Attempt | None:
         try:
             async with asyncio.timeout_at(deadline) as limit:
-                return await self._attempt_current(flight, needed)
+                return await self._attempt_current(flight, needed, limit)
         except TimeoutError as error:
             if not limit.expired():
                 raise  # the store's own
@@ -193,14 +193,14 @@ class Loader:
         finally:
             ledger.parked.pop(promise, None)
 
-    async def _attempt_current(self, flight: Flight, needed: int) -> Attempt | None:
+    async def _attempt_current(self, flight: Flight, needed: int, limit: asyncio.Timeout) -> Attempt | None:
         """Attempt the load of the version that is current, again if that is replaced or gone meanwhile."""
         for _ in range(_CHANGES_FOLLOWED):
             with suppress(ArtifactChangedError, DamagedCopyError, LeftMeanwhileError):
-                return await self._attempt(flight, needed)
-        return await self._attempt(flight, needed)
+                return await self._attempt(flight, needed, limit)
+        return await self._attempt(flight, needed, limit)
 
-    async def _attempt(self, flight: Flight, needed: int) -> Attempt | None:
+    async def _attempt(self, flight: Flight, needed: int, limit: asyncio.Timeout) -> Attempt | None:
         """Return the attempt if it has landed a model; None if the flight has ended without one."""
         started, asked_at = time.perf_counter(), self._state.clock()
         async with self._found(flight) as found:
@@ -220,6 +220,9 @@ class Loader:
                     return None
                 await attempt.load()
             except BaseException as error:
+                # A load that is cancelled, as the registry is being closed, is no endless one.
+                if limit.expired() and attempt.end_parsing():
+                    self.quarantine.blame(flight.key, found.source.version, 1.0)
                 await self._give_up(flight, attempt, error)
                 raise
         return attempt

@@ -1,4 +1,4 @@
-"""Artifacts that crash the workers which open them, or predict with them, are not tried for ever."""
+"""Artifacts that end the workers which open them, or predict with them, are not tried for ever."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Quarantine:
             parsing.blame = share
 
     def blame(self, key: str, version: str, share: float) -> None:
-        """A worker has crashed over this version, or over another of those it had to do with."""
+        """A worker has ended over this version, or over another of those it had to do with."""
         self._crashes[key, version] = self._crashes.get((key, version), 0.0) + share
 
     def acquit(self, entry: Entry[Resident]) -> None:
@@ -41,10 +41,11 @@ class Quarantine:
             self._crashes.pop((entry.key, entry.value.version), None)
 
     def check(self, key: str, version: str) -> None:
-        """Raise CorruptArtifactError for a version that has crashed two workers."""
+        """Raise CorruptArtifactError for a version that two workers have ended over."""
         if self._crashes.get((key, version), 0.0) > CRASHES_FORGIVEN:
             raise CorruptArtifactError(
-                f"{key} has crashed two workers and is not loaded again until its artifact changes: "
+                f"{key} has crashed two workers, or was still being parsed by them at load_timeout, and is not loaded "
+                "again until its artifact changes: "
                 "check it with `modelcache inspect`, or train it anew.",
                 model=key,
             )

@@ -23,6 +23,7 @@ from modelcache import (
     Artifact,
     CorruptArtifactError,
     Event,
+    LoadTimeoutError,
     MemoryStore,
     MissingDependencyError,
     ModelCacheError,
@@ -30,6 +31,7 @@ from modelcache import (
     NotModified,
     OverloadedError,
     PredictTimeoutError,
+    RegistryClosedError,
     WorkerCrashedError,
     WorkerDied,
 )
@@ -474,6 +476,86 @@ async def test_an_artifact_that_crashes_the_parser_is_quarantined(make_registry:
     assert (await registry.predict("good", ROW)).tolist() == [42]
     store.put("bad.json", odd.artifact())
     assert (await registry.predict("bad", ROW)).tolist() == [42]
+
+
+class EndlessScene:
+    """A registry whose worker never ends parsing the artifact ``m``."""
+
+    def __init__(self, registry: ModelRegistry, gate: odd.Gate) -> None:
+        self.registry = registry
+        self.gate = gate
+
+    async def load(self, timeout: float) -> asyncio.Task[Any]:
+        """Return a load that is given so many seconds, once the parser is at it; other loads are given long."""
+        self.registry._loader.timeout = timeout
+        loading = asyncio.create_task(self.registry.load("m"))
+        await until(self.gate.reached)
+        self.registry._loader.timeout = LONG
+        return loading
+
+
+@pytest.fixture
+async def endless(make_registry: MakeRegistry, gate: odd.Gate) -> EndlessScene:
+    artifacts = {"m.json": odd.artifact(on_load="wait", gate=gate.path), "good.json": odd.artifact()}
+    registry = await make_registry(MemoryStore(artifacts), predictor=odd.ODD, failure_ttl=0)
+    return EndlessScene(registry, gate)
+
+
+async def test_a_parse_that_does_not_end_ends_with_its_worker(
+    endless: EndlessScene, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rules A3, P1: at load_timeout the worker is killed, by name of the artifact; others are loaded by the next."""
+    pid = pid_of(endless.registry)
+    loading = await endless.load(timeout=0.5)
+    bystander = asyncio.create_task(endless.registry.predict("good", ROW))
+    with pytest.raises(LoadTimeoutError, match="m took more than"):
+        await loading
+    assert (await bystander).tolist() == [42]
+    assert (
+        f"process {pid} was killed by modelcache, since it was still parsing m after load_timeout; it is replaced"
+        in caplog.text
+    )
+    assert endless.registry.stats().worker_restarts == 1
+    endless.gate.open()
+
+
+async def test_an_artifact_that_is_parsed_for_ever_is_quarantined(endless: EndlessScene) -> None:
+    """Rule A3: twice, and it is not loaded again until it changes, or it would cost a worker each time."""
+    registry = endless.registry
+    for ended in range(2):
+        loading = await endless.load(timeout=0.4)
+        with pytest.raises(LoadTimeoutError):
+            await loading
+        endless.gate.open()
+        await restarted(registry, ended + 1)
+    with pytest.raises(CorruptArtifactError, match="was still being parsed by them at load_timeout"):
+        await registry.load("m")
+    registry._store.put("m.json", odd.artifact())  # type: ignore[attr-defined]
+    assert (await registry.predict("m", ROW)).tolist() == [42]
+    assert registry.stats().worker_restarts == 2
+
+
+async def test_a_load_that_is_cancelled_is_not_blamed(endless: EndlessScene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rules A3, F11: the registry is closed while the parser runs, which says nothing about the artifact."""
+    loading = await endless.load(timeout=LONG)
+    monkeypatch.setattr("modelcache.registry._UNLOAD_PATIENCE", 0.0)
+    await endless.registry.close(drain=0)
+    with pytest.raises(RegistryClosedError):
+        await loading
+    assert not endless.registry._loader.quarantine._crashes
+    endless.gate.open()
+
+
+async def test_a_load_that_times_out_behind_another_is_not_blamed(endless: EndlessScene) -> None:
+    """Rule A3: it has waited for the parser, and its worker goes on with what it is at."""
+    first = await endless.load(timeout=LONG)
+    endless.registry._loader.timeout = 0.05
+    with pytest.raises(LoadTimeoutError):
+        await endless.registry.load("good")
+    endless.gate.open()
+    await first
+    assert not endless.registry._loader.quarantine._crashes
+    assert endless.registry.stats().worker_restarts == 0
 
 
 async def test_a_talkative_worker_is_not_blocked(scene: Scene) -> None:
