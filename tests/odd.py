@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -39,7 +40,7 @@ def artifact(**script: Any) -> bytes:
 
     ``log``: a file to which each prediction appends a line with its values. ``gate``: a named pipe; a row that says
     WAIT waits until it has been opened for writing and closed. ``on_load``: "abort", "wait" or "refuse".
-    ``tell``: "modules", "environment", "imports" or "descriptors", given as the feature names.
+    ``tell``: "modules", "environment", "imports", "descriptors" or "bound", given as the feature names.
     """
     return json.dumps({"learner": {}, "version": [3, 0, 0], **script}).encode()
 
@@ -142,6 +143,8 @@ def _told(what: str | None) -> tuple[str, ...] | None:
         return tuple(sys.path)
     if what == "descriptors":
         return tuple(f"{number} {target}" for number, target in _descriptors())
+    if what == "bound":
+        return tuple(map(str, resource.getrlimit(resource.RLIMIT_DATA)))
     return None
 
 

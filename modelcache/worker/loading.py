@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from modelcache.pool import wire
 from modelcache.worker.artifact import ArtifactError, ArtifactReader
+from modelcache.worker.bound import growing_by, most_bytes
 from modelcache.worker.models import LoadedModel
 from modelcache.worker.predictors import PredictorFaultError, XGBoostPredictor, described, no_message
 
@@ -197,15 +198,10 @@ class ArtifactLane:
     def _load(self, model: int, unpacked: Unpacked) -> None:
         before, started = self._heap.in_use(), perf_counter()
         self._send(wire.STARTED, model)
-        try:
-            predictor = self._predictor.load(memoryview(unpacked.data), threads=self._threads)
-            facts = _facts(predictor, unpacked)
-        except PredictorFaultError as error:
-            self._fail(model, "fault", str(error))
+        parsed = self._parse(model, unpacked)
+        if parsed is None:
             return
-        except Exception as error:  # noqa: BLE001 - whatever a predictor raises says what is wrong with the bytes
-            self._fail(model, "corrupt", str(error) or no_message(error))
-            return
+        predictor, facts = parsed
         seconds = perf_counter() - started
         measured = self._heap.in_use() - before
         if self._predictor is XGBoostPredictor or measured <= 0:
@@ -218,6 +214,23 @@ class ArtifactLane:
         if save is not None:
             self._save(model, predictor, unpacked, Path(save))
         self._give_back(len(unpacked.data))
+
+    def _parse(self, model: int, unpacked: Unpacked) -> tuple[Predictor, dict[str, Any]] | None:
+        """Return the model and what it says of itself, None if the load has failed."""
+        # What another library may need, nobody knows.
+        most = most_bytes(len(unpacked.data), self._threads) if self._predictor is XGBoostPredictor else None
+        try:
+            with growing_by(most):
+                predictor = self._predictor.load(memoryview(unpacked.data), threads=self._threads)
+                return predictor, _facts(predictor, unpacked)
+        except PredictorFaultError as error:
+            self._fail(model, "fault", str(error))
+        except Exception as error:  # noqa: BLE001 - whatever a predictor raises says what is wrong with the bytes
+            if isinstance(error, MemoryError) and most is not None:
+                self._fail(model, "corrupt", _insatiable(len(unpacked.data), most), {"limit": most})
+            else:
+                self._fail(model, "corrupt", str(error) or no_message(error))
+        return None
 
     def _save(self, model: int, predictor: Predictor, unpacked: Unpacked, path: Path) -> None:
         """Write the model as it loads fastest: UBJSON, unpacked; of another predictor, the bytes that it took.
@@ -310,6 +323,13 @@ def _plausible(measured: int, unpacked: int) -> int:
     if _LEAST_PLAUSIBLE * unpacked <= measured <= _MOST_PLAUSIBLE * unpacked + _FIXED_HEAP:
         return measured
     return int(_ESTIMATED_HEAP * unpacked)
+
+
+def _insatiable(unpacked: int, most: int) -> str:
+    return (
+        f"XGBoost asked for more than {most:,} bytes of memory to read these {unpacked:,}, and no sound model of that "
+        "size takes as much: the artifact is damaged; upload it again"
+    )
 
 
 def _facts(predictor: Predictor, unpacked: Unpacked) -> dict[str, Any]:

@@ -262,7 +262,8 @@ def _text(function: Any, handle: ctypes.c_void_p) -> bytes:
 
 def _check(status: int) -> None:
     if status:
-        raise ValueError(_reason(_library().XGBGetLastError().decode(errors="replace")))
+        reason = _reason(_library().XGBGetLastError().decode(errors="replace"))
+        raise MemoryError(reason) if reason == "std::bad_alloc" else ValueError(reason)
 
 
 def _reason(message: str) -> str:

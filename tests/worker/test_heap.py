@@ -1,11 +1,13 @@
-"""Measured sizes: what a model takes, whatever else goes on in its worker, and that freed bytes go back."""
+"""Bytes of models: what one takes, whatever else goes on in its worker, that it is bounded, and that it goes back."""
 
 from __future__ import annotations
 
 import ctypes
 import json
+import resource
 import subprocess
 import sys
+from pathlib import Path
 from statistics import median
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Self
@@ -13,9 +15,11 @@ from typing import TYPE_CHECKING, Self
 import psutil
 import pytest
 
+import odd
 import zoo
 from lone_worker import LoneWorker, ask
 from modelcache.pool import wire
+from modelcache.worker.bound import _PER_BYTE, growing_by
 from modelcache.worker.heap import Heap
 
 if TYPE_CHECKING:
@@ -162,6 +166,7 @@ def test_answers_take_no_memory_for_good(worker: LoneWorker, output: str, count:
 
 ALLOCATOR = """
 import ctypes, json, threading
+from modelcache.worker.bound import _PER_BYTE, growing_by
 from modelcache.worker.heap import Heap
 
 heap, libc, found = Heap(), ctypes.CDLL(None), {}
@@ -214,3 +219,113 @@ def test_other_c_libraries_have_no_exact_figure(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
     assert not Heap().exact
+
+
+# The bound on what a load may take
+
+
+def limits(worker: LoneWorker) -> tuple[int, int]:
+    return resource.prlimit(worker.process.pid, resource.RLIMIT_DATA)
+
+
+def with_parameter(name: str, value: str) -> bytes:
+    """Return a model of which one parameter has been changed."""
+    document = json.loads(zoo.model().json)
+    document["learner"]["learner_model_param"][name] = value
+    return json.dumps(document).encode()
+
+
+def with_count(key: bytes, count: int) -> bytes:
+    """Return a model of which one array announces another length."""
+    data = zoo.model().ubj
+    at = data.index(b"#L", data.index(key)) + 2
+    return data[:at] + count.to_bytes(8, "big") + data[at + 8 :]
+
+
+@linux
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        with_parameter("num_class", "2147483647"),
+        with_parameter("num_feature", "2147483647"),
+        with_count(b"tree_info", 1 << 28),
+        with_count(b"trees", 1 << 27),
+    ],
+    ids=["classes", "features", "numbers", "trees"],
+)
+def test_a_damaged_model_that_asks_for_gigabytes_is_refused(worker: LoneWorker, damaged: bytes) -> None:
+    """It fails before the machine has paid, by a message that says so, and the worker lives on without the bound."""
+    resource.prlimit(worker.process.pid, resource.RLIMIT_AS, (6 << 30, 6 << 30))  # the machine is spared in any case
+    before, peak = limits(worker), peak_bytes(worker)
+    report = worker.load(1, damaged)
+    assert (report.kind, report.facts["kind"]) == (wire.FAILED, "corrupt")
+    assert f"asked for more than {report.facts['facts']['limit']:,} bytes of memory" in report.facts["message"]
+    assert peak_bytes(worker) - peak < 64 << 20
+    assert limits(worker) == before
+    assert worker.load(2, zoo.model().ubj).kind == wire.LOADED
+
+
+def peak_bytes(worker: LoneWorker) -> int:
+    status = Path(f"/proc/{worker.process.pid}/status").read_text()
+    return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM"))
+
+
+@linux
+def test_no_sound_model_is_refused(worker: LoneWorker) -> None:
+    """Nor does one come near the bound, which is for what nobody has measured yet."""
+    for kind in ("regression", "multiclass", "softmax", "linear", "dart", "stopped"):
+        model = zoo.model(kind)
+        assert [worker.load(1, data).kind for data in (model.json, model.ubj)] == [wire.LOADED] * 2
+    large, before = zoo.model(trees=400).json, peak_bytes(worker)
+    assert worker.load(2, large).kind == wire.LOADED
+    assert peak_bytes(worker) - before < _PER_BYTE * len(large) / 2
+
+
+@linux
+def test_a_model_of_very_many_features_is_not_refused(worker: LoneWorker) -> None:
+    """Its bytes tell nothing of them, but XGBoost takes eight for each when it predicts."""
+    assert worker.load(1, with_parameter("num_feature", str(1 << 24))).kind == wire.LOADED
+
+
+@linux
+def test_predictions_go_on_beside_a_bounded_load(worker: LoneWorker) -> None:
+    """The bound is the process's, and leaves the main thread what answers take."""
+    model, large = zoo.model("multiclass", trees=30), zoo.model(trees=400).json
+    worker.load(1, model.ubj)
+    with Traffic(worker, 1) as traffic:
+        load_and_free(worker, large, 5)
+    assert traffic.answers > 0
+
+
+@linux
+def test_other_libraries_are_not_bounded() -> None:
+    """Nobody knows what a predictor of somebody else needs."""
+    worker = LoneWorker(odd.ODD)
+    assert worker.load(1, odd.artifact(tell="bound")).facts["feature_names"] == list(map(str, limits(worker)))
+    worker.close()
+
+
+@linux
+def test_a_bound_ends_with_its_block() -> None:
+    """It is lifted after what it has made fail, too."""
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    with pytest.raises(MemoryError):
+        take_two_gigabytes()
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
+
+
+def take_two_gigabytes() -> None:
+    with growing_by(1 << 30):
+        bytearray(2 << 30)
+
+
+@linux
+def test_a_bound_that_is_tighter_stays() -> None:
+    """A limit that the process was given is not loosened."""
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    with growing_by(1 << 30):
+        tight = resource.getrlimit(resource.RLIMIT_DATA)
+        with growing_by(1 << 40):
+            assert resource.getrlimit(resource.RLIMIT_DATA) == tight
+        assert resource.getrlimit(resource.RLIMIT_DATA) == tight
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
