@@ -200,6 +200,7 @@ class ArtifactLane:
         self._send(wire.STARTED, model)
         parsed = self._parse(model, unpacked)
         if parsed is None:
+            self._heap.trim()  # what the parser had taken is free only now: its error's traceback held it
             return
         predictor, facts = parsed
         seconds = perf_counter() - started

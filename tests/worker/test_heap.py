@@ -329,3 +329,14 @@ def test_a_bound_that_is_tighter_stays() -> None:
             assert resource.getrlimit(resource.RLIMIT_DATA) == tight
         assert resource.getrlimit(resource.RLIMIT_DATA) == tight
     assert resource.getrlimit(resource.RLIMIT_DATA) == before
+
+
+@linux
+def test_what_a_failed_load_took_goes_back(worker: LoneWorker) -> None:
+    """The parser reads all of this before it misses the rest: tens of megabytes for two."""
+    worker.load(1, zoo.model().ubj)
+    before, peak = resident(worker), peak_bytes(worker)
+    assert worker.load(2, b'{"learner":{"x":[' + b"0," * (1 << 20) + b'0]},"version":[3,0,0]}').kind == wire.FAILED
+    in_use(worker)  # answered after all that the load leaves to be done
+    assert peak_bytes(worker) - peak > 32 << 20
+    assert resident(worker) - before < 8 << 20
