@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import Progress
 
 import report
+from comparing import Claim, case_table, check_claims, claim_line, entry
 from harness import ENVIRONMENT, Contender
 from models import DEPTH, NAMES, ONE, THOUSAND, TREES, copies, make_fleet
 from plots import plot_latency
@@ -51,8 +52,6 @@ CASES = (
     Case("first-10", "First calls, 10 at once", ONE, 10, first=True),
 )
 
-FIGURES = ("p50", "p90", "p99", "calls_per_second", "cpu_per_call")
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -77,12 +76,12 @@ def main() -> None:
     console = report.console()
     with tempfile.TemporaryDirectory(prefix="modelcache-latency-") as folder:
         results = measure(Path(folder), options.plan, options.rivals)
-    results["claims"] = check_claims(results)
+    results["claims"] = check_claims(CLAIMS, results["cases"])
     tables = make_tables(results)
     for table in tables:
         console.print(table.rich(), "")
     for claim in results["claims"]:
-        console.print(_claim_line(claim))
+        console.print(claim_line(claim))
     options.output.mkdir(parents=True, exist_ok=True)
     report.write_json(options.output / "latency.json", results)
     (options.output / "latency.md").write_text(_page(results, tables))
@@ -173,45 +172,11 @@ def _about(contender: Contender, memory: Round) -> dict[str, Any]:
 
 def _summarised(rounds: dict[tuple[str, str], list[Round]]) -> list[dict[str, Any]]:
     return [
-        {
-            "case": case.key,
-            "title": case.title,
-            "rival": key,
-            "correct": not any(seen["wrong"] for seen in seen_rounds),
-            "answers_compared": sum(int(seen["calls"]) for seen in seen_rounds),
-            "stable": _is_stable(seen_rounds),
-            **{figure: report.summary([seen[figure] for seen in seen_rounds]) for figure in FIGURES},
-            "p50_ratio": _ratio(seen_rounds, rounds[case.key, YARDSTICK], "p50"),
-            "calls_ratio": _ratio(seen_rounds, rounds[case.key, YARDSTICK], "calls_per_second"),
-            "rounds": seen_rounds,
-        }
+        entry(case.key, case.title, key, seen_rounds, rounds[case.key, YARDSTICK])
         for case in CASES
         for key in RIVALS
         if (seen_rounds := rounds.get((case.key, key)))
     ]
-
-
-def _is_stable(rounds: list[Round]) -> bool:
-    return all(report.summary([seen[figure] for seen in rounds])["steady"] for figure in ("p50", "calls_per_second"))
-
-
-def _ratio(rounds: list[Round], yardstick: list[Round], figure: str) -> dict[str, Any]:
-    pairs = zip(rounds, yardstick, strict=True)
-    return report.summary([mine[figure] / others[figure] for mine, others in pairs])
-
-
-# Claims
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What the project says of itself, to be checked in each run."""
-
-    text: str
-    case: str
-    figure: str
-    limit: float
-    at_most: bool
 
 
 CLAIMS = (
@@ -220,67 +185,16 @@ CLAIMS = (
 )
 
 
-def check_claims(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the claims about modelcache with what was measured."""
-    found = {(entry["case"], entry["rival"]): entry for entry in results["cases"]}
-    checked = []
-    for claim in CLAIMS:
-        entry = found.get((claim.case, "modelcache"))
-        if entry is not None:
-            ratio = entry[claim.figure]
-            met = ratio["median"] <= claim.limit if claim.at_most else ratio["median"] >= claim.limit
-            checked.append({"claim": claim.text, "limit": claim.limit, "met": met, "measured": ratio})
-    return checked
-
-
-def _claim_line(claim: dict[str, Any]) -> str:
-    measured = claim["measured"]
-    return (
-        f"{'Met' if claim['met'] else 'NOT MET'}: {claim['claim']}: {report.times(measured['median'])} "
-        f"(rounds: {report.times(measured['min'])} to {report.times(measured['max'])})."
-    )
-
-
 # Reporting
 
 
 def make_tables(results: dict[str, Any]) -> list[report.Table]:
     """Return one table per case, and one of the processes."""
-    tables = [_case_table(case, results) for case in CASES]
+    tables = [
+        case_table(case.title, [entry for entry in results["cases"] if entry["case"] == case.key], results["rivals"])
+        for case in CASES
+    ]
     return [*tables, _process_table(results)]
-
-
-def _case_table(case: Case, results: dict[str, Any]) -> report.Table:
-    entries = [entry for entry in results["cases"] if entry["case"] == case.key]
-    entries.sort(key=lambda entry: entry["p50"]["median"])
-    columns = (
-        "rival", "p50 µs", "rounds", "p90 µs", "p99 µs", "calls/s", "p50 ratio", "calls/s ratio", "CPU µs", "stable",
-        "correct",
-    )  # fmt: skip
-    rows = [_case_row(entry, results["rivals"][entry["rival"]]) for entry in entries]
-    return report.Table(case.title, columns, rows, highlighted="modelcache")
-
-
-def _case_row(entry: dict[str, Any], rival: dict[str, Any]) -> tuple[str, ...]:
-    p50 = entry["p50"]
-    return (
-        rival["label"],
-        _short(p50["median"]),
-        f"{_short(p50['min'])} to {_short(p50['max'])}",
-        *(_short(entry[figure]["median"]) for figure in ("p90", "p99", "calls_per_second")),
-        report.times(entry["p50_ratio"]["median"]),
-        report.times(entry["calls_ratio"]["median"]),
-        _short(entry["cpu_per_call"]["median"]),
-        "yes" if entry["stable"] else "NO",
-        _correctness(entry, predicts=rival["predicts"]),
-    )
-
-
-def _correctness(entry: dict[str, Any], *, predicts: bool) -> str:
-    if not predicts:
-        return "-" if entry["correct"] else "no echo"
-    wrong = sum(int(seen["wrong"]) for seen in entry["rounds"])
-    return f"all {entry['answers_compared']:,}" if entry["correct"] else f"{wrong:,} WRONG"
 
 
 def _process_table(results: dict[str, Any]) -> report.Table:
@@ -310,18 +224,14 @@ def _readme(results: dict[str, Any]) -> str:
     lines = [f"| | {' | '.join(title for _, title, _ in _README_CASES)} |", "|---" * (len(_README_CASES) + 1) + "|"]
     for key in _README_RIVALS:
         label = results["rivals"][key]["label"]
-        cells = [_short(found[case, key][figure]["median"]) for case, _, figure in _README_CASES]
+        cells = [report.short(found[case, key][figure]["median"]) for case, _, figure in _README_CASES]
         lines.append(f"| {label} | {' | '.join(cells)} |")
-    claims = "\n".join(f"* {_claim_line(claim)}" for claim in results["claims"])
+    claims = "\n".join(f"* {claim_line(claim)}" for claim in results["claims"])
     notes = (
         f"{report.describe(results)}\n\n{claims}\n* Every answer was compared with XGBoost's own, bit for bit. All "
         "rivals, percentiles, spread, and the JSON: [benchmarks/results](benchmarks/results/latency.md).\n"
     )
     return "\n".join(lines) + "\n\n" + notes
-
-
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _page(results: dict[str, Any], tables: list[report.Table]) -> str:
@@ -345,7 +255,7 @@ def _page(results: dict[str, Any], tables: list[report.Table]) -> str:
 * CPU is that of all processes of the rival, per call. RSS and PSS are of all of them too, read while no other rival
   runs; PSS counts pages that they share once.
 * Correct: every answer is compared with `Booster.predict(DMatrix(rows))`, bit for bit."""
-    claims = "\n".join(f"* {_claim_line(claim)}" for claim in results["claims"])
+    claims = "\n".join(f"* {claim_line(claim)}" for claim in results["claims"])
     parts = ("## Latency: cold, warm, and written by hand", report.describe(results), "![plot](latency.png)", claims)
     return "\n\n".join([*parts, *(table.markdown() for table in tables), "### How to read this" + "\n" + notes]) + "\n"
 

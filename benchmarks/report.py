@@ -139,3 +139,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def times(ratio: float) -> str:
     """Return a ratio as it is read: 0.52x, 12.3x."""
     return f"{ratio:.2f}x" if ratio < 10 else f"{ratio:.1f}x"
+
+
+def short(value: float) -> str:
+    """Return a figure with the digits that mean something."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
