@@ -122,16 +122,19 @@ async def serve(rival: Rival, folder: Path) -> None:
         kind: [Question(name, rival.prepare(rows), expected) for name, rows, expected in read_questions(folder, kind)]
         for kind in (ONE, THOUSAND)
     }
-    orders = await _standard_input()
-    _report({"ready": ready})
+    orders = await standard_input()
+    tell({"ready": ready})
     try:
         while line := await orders.readline():
-            _report(await _obey(rival, kinds, json.loads(line)))
+            tell(await _obey(rival, kinds, json.loads(line)))
     finally:
         await rival.close()
 
 
 async def _obey(rival: Rival, kinds: dict[str, list[Question]], order: dict[str, Any]) -> dict[str, float]:
+    if "forget" in order:
+        await rival.forget()
+        return {}
     questions, concurrency = kinds[order["kind"]], order["concurrency"]
     if "names" in order:  # first calls
         by_name = {question.name: question for question in questions}
@@ -146,27 +149,31 @@ def _for_a_while(questions: list[Question], seconds: float) -> Iterator[Question
     return takewhile(lambda _: perf_counter() < end, cycle(questions))
 
 
-async def _standard_input() -> asyncio.StreamReader:
+async def standard_input() -> asyncio.StreamReader:
+    """Return what the parent writes."""
     reader = asyncio.StreamReader(limit=1 << 24)
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     return reader
 
 
-def _report(report: dict[str, Any]) -> None:
+def tell(report: dict[str, Any]) -> None:
+    """Let the parent hear one report."""
     sys.stdout.write(json.dumps(report) + "\n")
     sys.stdout.flush()
 
 
 class Contender:
-    """A rival's process, seen from the parent."""
+    """A rival's process, seen from the parent: ``script`` is what it runs, ``environment`` what only it is to know."""
 
-    def __init__(self, key: str, folder: Path) -> None:
+    def __init__(
+        self, key: str, folder: Path, *, script: str = "rivals.py", environment: dict[str, str] | None = None
+    ) -> None:
         self.key = key
         root = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
         started = perf_counter()
         self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "rivals.py"), key, str(folder)],
-            env=os.environ | ENVIRONMENT | {"PYTHONPATH": root},
+            [sys.executable, str(HERE / script), key, str(folder)],
+            env=os.environ | ENVIRONMENT | (environment or {}) | {"PYTHONPATH": root},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -183,13 +190,18 @@ class Contender:
 
         The others have had the processor's caches meanwhile: that is not what is to be measured.
         """
-        return self._order(kind=kind, concurrency=concurrency, seconds=seconds, warm_up=warm_up)
+        return self.order(kind=kind, concurrency=concurrency, seconds=seconds, warm_up=warm_up)
 
     def ask_first(self, kind: str, concurrency: int, names: list[tuple[str, str]]) -> dict[str, float]:
         """Have one question asked under each of ``names``, pairs of a new name and the model's own."""
-        return self._order(kind=kind, concurrency=concurrency, names=names)
+        return self.order(kind=kind, concurrency=concurrency, names=names)
 
-    def _order(self, **order: Any) -> dict[str, float]:
+    def forget(self) -> None:
+        """Have all models leave the memory."""
+        self.order(forget=True)
+
+    def order(self, **order: Any) -> dict[str, Any]:
+        """Send an order, and return what is reported of it."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
@@ -219,10 +231,10 @@ class Contender:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _heard(self) -> dict[str, float]:
+    def _heard(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError(f"The rival {self.key} ended with exit code {self._process.wait()}.")
-        report: dict[str, float] = json.loads(line)
+        report: dict[str, Any] = json.loads(line)
         return report

@@ -31,7 +31,7 @@ WHOLE_NUMBERS = (True, True, True, False, False, True)
 TREES, DEPTH = 25, 5
 ONE, THOUSAND = "one", "thousand"
 """The two sets of questions: calls of one row, and calls of 1,000."""
-_ROWS = {ONE: (64, 1), THOUSAND: (4, 1000)}
+ROWS = {ONE: (64, 1), THOUSAND: (4, 1000)}
 """Questions per model, and rows of each."""
 
 
@@ -65,21 +65,27 @@ def _make_fleet(folder: Path) -> None:
     questions: dict[str, Any] = {}
     for seed, name in enumerate(NAMES):
         random = np.random.default_rng(seed)
-        booster = _train(random)
+        booster = train(random)
         (folder / f"{name}.tar.gz").write_bytes(_pack(bytes(booster.save_raw("ubj"))))
-        for kind, (count, size) in _ROWS.items():
-            rows = [houses(size, random) for _ in range(count)]
-            questions[f"{kind}/{name}/rows"] = np.stack(rows)
-            questions[f"{kind}/{name}/answers"] = np.stack([_ask(booster, part) for part in rows])
+        for kind in ROWS:
+            questions |= make_questions(kind, name, booster, random)
     np.savez(folder / "questions.npz", **questions)
+
+
+def make_questions(kind: str, name: str, booster: Any, random: np.random.Generator) -> dict[str, Matrix]:
+    """Return rows and the booster's answers, under the names that :func:`read_questions` knows."""
+    count, size = ROWS[kind]
+    rows = [houses(size, random) for _ in range(count)]
+    answers = [ask(booster, part) for part in rows]
+    return {f"{kind}/{name}/rows": np.stack(rows), f"{kind}/{name}/answers": np.stack(answers)}
 
 
 def read_questions(folder: Path, kind: str) -> list[tuple[str, Matrix, Matrix]]:
     """Return (name, rows, XGBoost's answer) for all models in turn, so that no two neighbours share a model."""
     with np.load(folder / "questions.npz") as stored:
-        per_model = [(name, stored[f"{kind}/{name}/rows"], stored[f"{kind}/{name}/answers"]) for name in NAMES]
-    count = _ROWS[kind][0]
-    return [(name, rows[index], answers[index]) for index in range(count) for name, rows, answers in per_model]
+        names = [key.split("/")[1] for key in stored if key.startswith(f"{kind}/") and key.endswith("/rows")]
+        per_model = [(name, stored[f"{kind}/{name}/rows"], stored[f"{kind}/{name}/answers"]) for name in names]
+    return [(name, rows[index], answers[index]) for index in range(ROWS[kind][0]) for name, rows, answers in per_model]
 
 
 def copies(folder: Path, count: int, prefix: str) -> list[tuple[str, str]]:
@@ -90,17 +96,19 @@ def copies(folder: Path, count: int, prefix: str) -> list[tuple[str, str]]:
     return named
 
 
-def _train(random: np.random.Generator) -> Any:
+def train(random: np.random.Generator, *, trees: int = TREES, depth: int = DEPTH) -> Any:
+    """Return a model of house prices, whose weights come from ``random``."""
     import xgboost  # noqa: PLC0415 - the processes that only read questions must not carry it
 
     rows = houses(4000, random)
     weights = random.uniform(0.5, 1.5, len(FEATURES)) * (900, 140, 9_000, 14_000, 22_000, 11_000)
     prices = (rows - rows.mean(0)) @ weights + 400_000 + random.normal(0, 20_000, len(rows))
     matrix = xgboost.DMatrix(rows, prices.astype(np.float32))
-    return xgboost.train({"max_depth": DEPTH, "nthread": 1}, matrix, TREES)
+    return xgboost.train({"max_depth": depth, "nthread": 1}, matrix, trees)
 
 
-def _ask(booster: Any, rows: Matrix) -> Matrix:
+def ask(booster: Any, rows: Matrix) -> Matrix:
+    """Return XGBoost's own answer."""
     import xgboost  # noqa: PLC0415
 
     return np.asarray(booster.predict(xgboost.DMatrix(rows)), np.float32)

@@ -50,6 +50,10 @@ class Rival:
     async def close(self) -> None:
         """End what was started."""
 
+    async def forget(self) -> None:
+        """Let all models leave the memory, so that a call of any is a first call again."""
+        raise NotImplementedError
+
     def prepare(self, rows: Matrix) -> Any:
         """Return ``rows`` in the form that this rival likes best; not part of the measured time."""
         return rows
