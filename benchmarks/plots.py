@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 OURS, FLOOR, OTHERS = "#0b6e4f", "#b8b8b8", "#5b7db1"
 """modelcache, what nobody can beat, what one would write by hand."""
 
-_FLOORS = ("direct", "echo")
+_FLOORS = ("direct", "echo", "get-object", "get-object-only", "read")
 
 _LATENCY_PANELS = (
     ("one-1", "p50", "One row, 1 client: p50 in µs", "shorter is better"),
@@ -44,6 +44,31 @@ def plot_latency(results: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+_COLD_PANELS = (
+    ("s3-small", "p50", "From S3, 25 trees, 1 client: p50 in µs", "shorter is better"),
+    ("s3-medium", "p50", "From S3, 100 trees, 1 client: p50 in µs", "shorter is better"),
+    ("many", "calls_per_second", "From S3, 25 trees, 32 at once: calls/s", "longer is better"),
+    ("json", "p50", "A JSON artifact, from S3 and again: p50 in µs", "shorter is better"),
+    ("disk-small", "p50", "From disk, 25 trees, 1 client: p50 in µs", "shorter is better"),
+    ("disk-medium", "p50", "From disk, 100 trees, 1 client: p50 in µs", "shorter is better"),
+)
+
+
+def plot_cold(results: dict[str, Any], path: Path) -> None:
+    """Draw the first calls of each case."""
+    figure, axes = plt.subplots(3, 2, figsize=(15, 9), layout="constrained")
+    for (case, quantity, title, hint), panel in zip(_COLD_PANELS, axes.flat, strict=True):
+        _bars(panel, results, case, quantity)
+        _entitle(panel, title, hint)
+    figure.suptitle(
+        "First calls: modelcache (green), written by hand (blue), floors that block the loop or load nothing (grey)\n"
+        f"medians of {results['settings']['rounds']} interleaved rounds, lines from the least to the most",
+        fontsize=11,
+    )
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def _bars(panel: Axes, results: dict[str, Any], case: str, quantity: str) -> None:
     """Draw one bar per rival, the best at the top; among calls/s the echo would dwarf all that predict."""
     hidden = "echo" if quantity == "calls_per_second" else ""
@@ -51,7 +76,7 @@ def _bars(panel: Axes, results: dict[str, Any], case: str, quantity: str) -> Non
     entries.sort(key=lambda entry: entry[quantity]["median"], reverse=quantity == "p50")
     for place, entry in enumerate(entries):
         seen = entry[quantity]
-        panel.barh(place, seen["median"], color=_colour(entry["rival"]), height=0.7)
+        panel.barh(place, seen["median"], color=_colour(results, entry["rival"]), height=0.7)
         panel.hlines(place, seen["min"], seen["max"], color="black", linewidth=1.2)
         panel.annotate(
             f"{seen['median']:,.0f}", (max(seen["median"], seen["max"]), place), xytext=(4, 0),
@@ -70,11 +95,11 @@ def _cold_and_warm(panel: Axes, results: dict[str, Any]) -> None:
     for place, key in enumerate(keys):
         ends = [p50[case, key] for case in ("one-1", "first-1")]
         warm, cold = (end["median"] for end in ends)
-        panel.plot([warm, cold], [place, place], color=_colour(key), linewidth=2, alpha=0.4)
+        panel.plot([warm, cold], [place, place], color=_colour(results, key), linewidth=2, alpha=0.4)
         for end in ends:
             panel.hlines(place, end["min"], end["max"], color="black", linewidth=1.2)
-        panel.scatter([warm], [place], color="white", edgecolors=_colour(key), linewidths=2, s=55, zorder=3)
-        panel.scatter([cold], [place], color=_colour(key), s=65, zorder=3)
+        panel.scatter([warm], [place], color="white", edgecolors=_colour(results, key), linewidths=2, s=55, zorder=3)
+        panel.scatter([cold], [place], color=_colour(results, key), s=65, zorder=3)
         panel.annotate(
             f"{cold:,.0f}", (ends[1]["max"], place), xytext=(7, 0),
             textcoords="offset points", va="center", fontsize=9,
@@ -101,7 +126,7 @@ def _label(results: dict[str, Any], key: str) -> str:
     return label
 
 
-def _colour(key: str) -> str:
-    if key.startswith("modelcache"):
+def _colour(results: dict[str, Any], key: str) -> str:
+    if _label(results, key).startswith("modelcache"):
         return OURS
     return FLOOR if key in _FLOORS else OTHERS
