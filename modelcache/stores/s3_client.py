@@ -161,8 +161,11 @@ def _run_in_thread(options: S3Options) -> S3Client:
         stack = AsyncExitStack()
         session = AioSession(profile=options.profile)
         client = await stack.enter_async_context(session.create_client("s3", **_arguments(options, session)))
-        if not (options.anonymous or options.access_key_id) and await session.get_credentials() is None:
-            raise NoCredentialsError
+        if not (options.anonymous or options.access_key_id):
+            credentials = await session.get_credentials()
+            if credentials is None:
+                raise NoCredentialsError
+            await credentials.get_frozen_credentials()  # of a role: makes a client of its own, which takes as long
         return S3Client(client, stack, options)
 
     return asyncio.run(make())

@@ -301,6 +301,24 @@ async def test_credentials_come_by_the_standard_chain(rclone: s3.S3Server, clean
         await S3Store(f"s3://{bucket}?profile=nobody").fetch("a")
 
 
+async def test_a_role_is_assumed_when_the_client_is_made(
+    moto: s3.S3Server, open_s3: Open, clean_environment: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A profile with a role is asked of the token service, and what blocks in that is done in a thread."""
+    bucket = fill(moto, {"a.ubj": b"one"})
+    monkeypatch.setenv("AWS_ENDPOINT_URL_STS", moto.url)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3.ACCESS_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3.SECRET_KEY)
+    role = "role_arn=arn:aws:iam::123456789012:role/reader\ncredential_source=Environment\nregion=us-east-1\n"
+    (clean_environment / "config").write_text(f"[profile reader]\n{role}")
+    store = open_s3(moto, bucket, profile="reader", access_key_id=None, secret_access_key=None)
+    assert await read(await store.fetch("a.ubj")) == b"one"
+    assert store._client is not None
+    credentials = store._client._client._request_signer._credentials
+    assert credentials.method == "assume-role"
+    assert not credentials.refresh_needed(refresh_in=0)
+
+
 def test_a_store_is_named_without_its_credentials(monkeypatch: pytest.MonkeyPatch, clean_environment: Path) -> None:
     """``url`` tells stores apart, ``repr`` is for people; neither has anything that lets one in."""
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9000/")
