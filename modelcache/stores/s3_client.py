@@ -17,6 +17,7 @@ from aiobotocore.session import AioSession
 from botocore import UNSIGNED
 from botocore.exceptions import NoCredentialsError
 
+from modelcache import __version__
 from modelcache.errors import ArtifactChangedError, ModelNotFoundError, StoreUnavailableError
 from modelcache.stores.s3_errors import RAISED, TRANSIENT, code_of, explained, retry_after
 
@@ -160,6 +161,8 @@ def _run_in_thread(options: S3Options) -> S3Client:
     async def make() -> S3Client:
         stack = AsyncExitStack()
         session = AioSession(profile=options.profile)
+        # No date that S3 tells is used, and to parse one takes 70 us; those of credentials may be text.
+        session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_as_it_is)
         client = await stack.enter_async_context(session.create_client("s3", **_arguments(options, session)))
         if not (options.anonymous or options.access_key_id):
             credentials = await session.get_credentials()
@@ -169,6 +172,10 @@ def _run_in_thread(options: S3Options) -> S3Client:
         return S3Client(client, stack, options)
 
     return asyncio.run(make())
+
+
+def _as_it_is(timestamp: Any) -> Any:
+    return timestamp
 
 
 def _arguments(options: S3Options, session: AioSession) -> dict[str, Any]:
@@ -182,6 +189,8 @@ def _arguments(options: S3Options, session: AioSession) -> dict[str, Any]:
         # What checks a body by itself knows neither of ranges nor of bodies that are resumed, and of a "304 Not
         # Modified" with a checksum it makes a TypeError: what is announced is asked for and checked here instead.
         response_checksum_validation="when_required",
+        user_agent=f"modelcache/{__version__}",  # botocore would put its own together anew for each request
+        parameter_validation=False,  # they are ours, and of the right types
         **({"signature_version": UNSIGNED} if options.anonymous else {}),
     )
     return {

@@ -26,6 +26,7 @@ from modelcache import (
     StoreAccessDeniedError,
     StoreError,
     StoreUnavailableError,
+    __version__,
     open_store,
 )
 from modelcache.testing import check_store
@@ -107,6 +108,15 @@ async def test_a_known_name_is_one_request(rclone: s3.S3Server, open_s3: Open) -
         paths(proxy)
         assert [await read(await fresh.fetch(name)) for name in ("a", "b", "both", "c")] == [b"a", b"b", b"2", b"c"]
         assert paths(proxy) == ["a.ubj", "b.ubj", "both.tar.gz", "c.json"]
+
+
+async def test_a_server_is_told_who_asks(rclone: s3.S3Server, open_s3: Open) -> None:
+    """Requests name modelcache and its version."""
+    bucket = s3.fill(rclone, {"a.ubj": b"a"})
+    async with FaultProxy(rclone.url) as proxy:
+        await read(await open_s3(proxy, bucket).fetch("a.ubj"))
+        (asked,) = proxy.requests
+        assert str(asked.get("user-agent")).startswith(f"modelcache/{__version__} ")
 
 
 async def test_a_remembered_suffix_that_is_gone_is_looked_for_again(rclone: s3.S3Server, open_s3: Open) -> None:
@@ -305,7 +315,7 @@ async def test_a_role_is_assumed_when_the_client_is_made(
     moto: s3.S3Server, open_s3: Open, clean_environment: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A profile with a role is asked of the token service, and what blocks in that is done in a thread."""
-    bucket = fill(moto, {"a.ubj": b"one"})
+    bucket = s3.fill(moto, {"a.ubj": b"one"})
     monkeypatch.setenv("AWS_ENDPOINT_URL_STS", moto.url)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3.ACCESS_KEY)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3.SECRET_KEY)
