@@ -173,8 +173,7 @@ class Groups:
         ledger = self._state.ledger
         entries = {entry.key: entry for entry in group.leased}
         for entry in group.leased:
-            ledger.hit(entry)
-        self._state.counters.hits += len(group.leased)
+            self._leasing.count_hit(entry)
         boardings = []
         for part in group.parts:
             since = self._leasing.take_resident(part.key)

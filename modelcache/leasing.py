@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from modelcache.cache.entry import Entry, State
 from modelcache.cache.flight import Flight, Phase
 from modelcache.errors import LoadTimeoutError, ModelCacheError
-from modelcache.names import SUFFIXES, check_name, split_suffix
+from modelcache.names import SUFFIXES, check_name, spellings, split_suffix
 
 if TYPE_CHECKING:
     from modelcache.cache.claims import Claim
@@ -49,11 +49,15 @@ class Leasing:
             return None  # no text, and not even hashable: the cold path says so
         if entry is not None:
             ledger.lease(entry)
-            ledger.hit(entry)
-            self._state.counters.hits += 1
-            if entry.last_used >= entry.value.trusted_until:
-                self._revalidate(entry)
+            self.count_hit(entry)
         return entry
+
+    def count_hit(self, entry: Entry[Resident]) -> None:
+        """A call uses a resident model, which may have to be asked about again."""
+        self._state.ledger.hit(entry)
+        self._state.counters.hits += 1
+        if entry.last_used >= entry.value.trusted_until:
+            self._revalidate(entry)
 
     async def take(self, name: str, deadline: float = 0.0) -> Entry[Resident]:
         """Lease ``name``, loading it if it is not resident; ``deadline`` is monotonic, 0.0 for none."""
@@ -93,12 +97,8 @@ class Leasing:
     def spellings(self, name: str) -> list[str]:
         """Return the names under which the artifact of ``name`` may be resident or loading."""
         stem, suffix = split_suffix(name)
-        if not suffix:
-            return [name, *(name + known for known in SUFFIXES)]
-        if split_suffix(stem)[1]:
-            return [name]
         other = self._state.ledger.table.get(stem)
-        return [name] if other is not None and other.value.suffix != suffix else [name, stem]
+        return [name] if suffix and other is not None and other.value.suffix != suffix else spellings(name)
 
     async def drained(self, seconds: float) -> None:
         """Wait until no lease is left, for ``seconds`` at most."""
@@ -120,10 +120,12 @@ class Leasing:
             self._loader.endow(boarding.flight, part)
         return boarding
 
-    def _join(self, name: str) -> Boarding:
+    def _join(self, name: str, *, fresh: bool = False, renews: Entry[Resident] | None = None) -> Boarding:
         waiter: asyncio.Future[Entry[Resident]] = asyncio.get_running_loop().create_future()
         flight, is_new = self._state.flights.join(name, waiter)
-        if is_new:
+        flight.fresh = flight.fresh or fresh
+        flight.renews = renews or flight.renews
+        if is_new:  # an eager task runs at once: it has to know all this by now
             self._loader.start(flight)
         return Boarding(flight, waiter)
 
@@ -131,7 +133,7 @@ class Leasing:
         """Ask the store for ``name`` now, and return a lease on the version it has."""
         while True:
             self._life.check()
-            resident = self.find(name)
+            resident = self.find(name) or self._find_by_any_spelling(name)
             key = name if resident is None else resident.key
             flight = self._state.flights.by_key.get(key)
             if flight is None or not flight.has_asked:
@@ -142,16 +144,16 @@ class Leasing:
             else:
                 self._state.flights.detach(key)
 
+    def _find_by_any_spelling(self, name: str) -> Entry[Resident] | None:
+        table = self._state.ledger.table
+        return next((table[key] for key in self.spellings(name) if key in table), None)
+
     def _board_refresh(self, key: str, resident: Entry[Resident] | None) -> Boarding:
         """Wait for what the store has of ``key`` now; a model that is resident serves on meanwhile."""
-        state = self._state
-        state.failures.forget(key)
-        boarding = self._join(key)
-        flight = boarding.flight
-        flight.fresh = True
+        self._state.failures.forget(key)
         if resident is not None:
-            flight.renews, resident.value.trusted_until = resident, inf
-        return boarding
+            resident.value.trusted_until = inf  # while it is being asked about
+        return self._join(key, fresh=True, renews=resident)
 
     def _revalidate(self, entry: Entry[Resident]) -> None:
         """Ask the store for a newer version in the background; this call, and those that come, have ``entry``."""

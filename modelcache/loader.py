@@ -70,6 +70,8 @@ class Loader:
         self._origin = origin
         self._pool = pool
         self._slots = Slots(concurrency, state.flights)
+        self._slots_to_renew = Slots(max(1, concurrency // 4), state.flights)
+        """Apart, so that a store which does not answer questions about resident models holds up no cold one."""
         self.timeout = timeout
         self.quarantine = Quarantine()
         self.tasks: set[asyncio.Task[None]] = set()
@@ -97,6 +99,7 @@ class Loader:
             return
         flight.reserve = part
         self._slots.exempt(flight)
+        self._slots_to_renew.exempt(flight)
         if flight.claim is not None:
             self._state.retire(ledger.refuse(flight.claim))
 
@@ -155,7 +158,8 @@ class Loader:
         deadline = 0.0
         while True:
             try:
-                async with self._slots.slot(flight):
+                slots = self._slots if flight.renews is None else self._slots_to_renew
+                async with slots.slot(flight):
                     deadline = deadline or asyncio.get_running_loop().time() + self.timeout
                     return await self._attempt_by(deadline, flight, needed)
             except OutgrownError as outgrown:

@@ -53,3 +53,11 @@ def _problem(name: str) -> str:
     if any(segment in ("", ".", "..") for segment in name.split("/")):
         return "it has an empty, '.' or '..' segment"
     return ""
+
+
+def spellings(name: str) -> list[str]:
+    """Return the names that the artifact of ``name`` may be called by, itself the first."""
+    stem, suffix = split_suffix(name)
+    if not suffix:
+        return [name, *(name + known for known in SUFFIXES)]
+    return [name] if split_suffix(stem)[1] else [name, stem]

@@ -7,10 +7,14 @@ import logging
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 import anyio.to_thread
+from cachetools import LRUCache
 
-from modelcache.errors import ModelNotFoundError, StoreAccessDeniedError, StoreError
+from modelcache.errors import ModelNotFoundError, StoreError, StoreUnavailableError
+from modelcache.names import spellings
+from modelcache.pool.pool import XGBOOST
 from modelcache.stores.base import Artifact, NotModified
 from modelcache.stores.disk_tier import DiskCopy
 
@@ -28,6 +32,8 @@ wall_clock = time.time
 """Copies outlive processes, and so do the moments at which they were known to be current."""
 
 MEANT_FOR_ALL = (KeyboardInterrupt, SystemExit)
+
+_NAMES_REMEMBERED = 100_000
 
 _ACLOSE_TIMEOUT = 10.0
 """Seconds for a store to let go of an artifact."""
@@ -69,16 +75,24 @@ class Saving:
 
 
 class Origin:
-    """The store, and with a ``tier`` the local copies of its artifacts, trusted for ``refresh_after`` seconds."""
+    """The store, and with a ``tier`` the local copies of its artifacts, trusted for ``refresh_after`` seconds.
 
-    def __init__(self, store: ArtifactStore, tier: DiskTier | None, *, refresh_after: float | None) -> None:
+    ``predictor`` names what the copies are for: what one of them loads is not what another does.
+    """
+
+    def __init__(
+        self, store: ArtifactStore, tier: DiskTier | None, *, refresh_after: float | None, predictor: str
+    ) -> None:
         self.store = store
         self.tier = tier
         self._refresh_after = refresh_after
-        self._id = type(store).__qualname__
-        self._confirmed: dict[str, str] | None = {}
-        """Versions that this very store has confirmed; None if its URL tells whose copies they are."""
+        self._predictor = predictor
+        self._id = ""
         self._has_opened = False
+        self._last_words: LRUCache[str, tuple[float, str | None]] = LRUCache(_NAMES_REMEMBERED)
+        """When the store was last asked for a name, and for which version it answered; None: for none."""
+        self._damaged: set[str] = set()
+        """Digests of copies that did not load, in case that they cannot be dropped."""
         self._discarding: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:
@@ -89,15 +103,16 @@ class Origin:
                     f"{self.tier!r} is in use already: give each registry a DiskTier of its own; the folder may be "
                     "the same."
                 )
-            await anyio.to_thread.run_sync(self._find_out_whose_copies)
+            # In a thread, as the URL of a relative path depends on the current directory.
+            self._id = await anyio.to_thread.run_sync(self._find_out_whose_copies)
             await self.tier.open()
             self._has_opened = True
 
-    def _find_out_whose_copies(self) -> None:
-        """Ask for the store's URL; in a thread, as that of a relative path depends on the current directory."""
+    def _find_out_whose_copies(self) -> str:
+        """Return what copies are keyed by; those of a store without a URL are good for this registry alone."""
         url = getattr(self.store, "url", None)
-        if isinstance(url, str):
-            self._id, self._confirmed = url, None
+        whose = url if isinstance(url, str) else f"{type(self.store).__qualname__} {uuid4().hex}"
+        return whose if self._predictor == XGBOOST else f"{whose} {self._predictor}"
 
     async def close(self) -> None:
         """Let go of the copies, which stay; the store is closed by whoever has opened it."""
@@ -112,20 +127,16 @@ class Origin:
 
         ``fresh``: the store has to be asked. A store that is down is no reason to fail while there is a copy.
         """
-        copy = await self.tier.find(self._id, name) if self.tier is not None else None
-        if copy is None:
-            return await self._ask(name, held)
-        if not fresh and self._is_trusted(copy):
+        copy = await self._copy(name)
+        if copy is not None and not fresh and self._is_trusted(copy):
             return _as_it_is(copy)
         try:
-            return await self._ask_about(copy, held)
+            return await self._ask(name, held, copy)
         except ModelNotFoundError:
-            await self._forget(name)
+            await self._take_back(name, None)
             raise
-        except StoreAccessDeniedError:
-            raise
-        except (StoreError, OSError) as error:
-            if held is not None or not self._is_known(copy):
+        except (StoreUnavailableError, OSError) as error:
+            if held is not None or copy is None:
                 raise
             logger.warning("the store cannot be asked about %s, and its local copy is used: %s", name, error)
             return _as_it_is(copy, doubt=f"{type(error).__name__}: {error}")
@@ -133,7 +144,8 @@ class Origin:
     async def drop(self, copy: DiskCopy, error: Exception) -> None:
         """Remove a copy that does not load; raises DamagedCopyError."""
         assert self.tier is not None
-        logger.warning("the local copy of %s is dropped: %s", copy.name, error)
+        logger.info("the local copy of %s is dropped: %s", copy.name, error)
+        self._damaged.add(copy.digest)
         await self.tier.drop(copy)
         raise DamagedCopyError from error
 
@@ -148,17 +160,17 @@ class Origin:
         written = await saving.written
         artifact = found.source
         assert self.tier is not None and isinstance(artifact, Artifact)
-        if written is None or written.error is not None:
-            if written is not None:
-                logger.warning("no local copy of %s could be written: %s", name, written.error)
+        if written is not None and written.error is not None:
+            logger.warning("no local copy of %s could be written: %s", name, written.error)
+        if written is None or written.error is not None or self._is_outdated(name, found):
             await self.tier.discard(saving.path)
             return
+        self._damaged.discard(written.digest)
         await self.tier.publish(
             saving.path, store=self._id, name=name, version=artifact.version, suffix=artifact.suffix,
             size=written.size, digest=written.digest, artifact_bytes=received, cost=cost,
             validated_at=found.current_at,
         )  # fmt: skip
-        self._confirm(name, artifact.version)
 
     def abandon(self, saving: Saving) -> None:
         """Remove the copy of a load that was given up, when the worker has written it or will not any more."""
@@ -171,48 +183,55 @@ class Origin:
 
         saving.written.add_done_callback(discard)
 
+    async def _copy(self, name: str) -> DiskCopy | None:
+        copy = await self.tier.find(self._id, name) if self.tier is not None else None
+        return copy if copy is not None and copy.digest not in self._damaged else None
+
     # The store's word
 
-    async def _ask(self, name: str, held: str | None) -> Found | NotModified:
+    async def _ask(self, name: str, held: str | None, copy: DiskCopy | None) -> Found | NotModified:
+        """Ask for the artifact, and use the copy if that is current; what is ``held`` may be another version."""
         asked_at = wall_clock()
-        answer = await self.store.fetch(name, if_version=held)
-        if isinstance(answer, Artifact):
-            return Found(answer, asked_at)
-        return _expected(answer, held, name)
-
-    async def _ask_about(self, copy: DiskCopy, held: str | None) -> Found | NotModified:
-        """Ask for the artifact of ``copy``, and use that if it is current; ``held`` may be another version."""
-        assert self.tier is not None
-        asked_at = wall_clock()
-        version = copy.version if held is None else held
-        answer = await self.store.fetch(copy.name, if_version=version)
-        if isinstance(answer, Artifact):
-            if answer.version != copy.version:
-                return Found(answer, asked_at)
-            await _close(answer)
-        elif _expected(answer, version, copy.name) and version != copy.version:
+        asked_about = held if held is not None or copy is None else copy.version
+        answer = await self.store.fetch(name, if_version=asked_about)
+        version = answer.version if isinstance(answer, Artifact) else _expected(answer, asked_about, name).version
+        self._last_words[name] = asked_at, version
+        if copy is not None and copy.version == version:
+            return await self._confirmed(copy, held, asked_at, answer)
+        if not isinstance(answer, Artifact):
             return answer
+        try:
+            if version != asked_about and (copy is not None or held is not None):
+                await self._take_back(name, version)
+        except BaseException:
+            await _close(answer)
+            raise
+        return Found(answer, asked_at)
+
+    async def _confirmed(
+        self, copy: DiskCopy, held: str | None, asked_at: float, answer: Artifact | NotModified
+    ) -> Found | NotModified:
+        assert self.tier is not None
+        if isinstance(answer, Artifact):
+            await _close(answer)
         await self.tier.revalidated(copy, asked_at)
-        self._confirm(copy.name, copy.version)
         return NotModified(copy.version) if held == copy.version else Found(copy, asked_at)
 
-    async def _forget(self, name: str) -> None:
-        assert self.tier is not None
-        await self.tier.forget(self._id, name)
+    async def _take_back(self, name: str, version: str | None) -> None:
+        """The store has another ``version``, or none: copies of what it had are not to be trusted any more."""
+        self._last_words[name] = wall_clock(), version
+        if self.tier is not None:
+            for spelling in spellings(name):
+                await self.tier.forget(self._id, spelling)
 
-    # Trust
+    def _is_outdated(self, name: str, found: Found) -> bool:
+        """Say whether the store has said something else of ``name`` since it announced what was ``found``."""
+        at, version = self._last_words.get(name, (0.0, None))
+        return at > found.current_at and version != found.source.version
 
     def _is_trusted(self, copy: DiskCopy) -> bool:
         age = wall_clock() - copy.validated_at
-        return self._is_known(copy) and (self._refresh_after is None or age < self._refresh_after)
-
-    def _is_known(self, copy: DiskCopy) -> bool:
-        """Say whether the copy is surely one of this store's."""
-        return self._confirmed is None or self._confirmed.get(copy.name) == copy.version
-
-    def _confirm(self, name: str, version: str) -> None:
-        if self._confirmed is not None:
-            self._confirmed[name] = version
+        return self._refresh_after is None or 0 <= age < self._refresh_after
 
 
 def _as_it_is(copy: DiskCopy, doubt: str | None = None) -> Found:

@@ -118,7 +118,7 @@ class ModelRegistry:
             unloaded=self._state.acknowledged,
         )
         tier = disk_cache if isinstance(disk_cache, DiskTier) or disk_cache is None else DiskTier(disk_cache)
-        self._origin = Origin(self._store, tier, refresh_after=refresh_after)
+        self._origin = Origin(self._store, tier, refresh_after=refresh_after, predictor=predictor)
         self._loader = Loader(self._state, self._origin, self._pool, concurrency=load_concurrency, timeout=load_timeout)
         self._load_concurrency = load_concurrency
         self._life = Lifecycle(on_fork=self._pool.abandon)

@@ -5,6 +5,7 @@ A row is (what to do, value, ...). The prediction is twice the value.
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import resource
@@ -153,3 +154,11 @@ def _descriptors() -> list[tuple[int, str]]:
     open_now = [(int(entry.name), str(entry.readlink())) for entry in folder.iterdir() if entry.is_symlink()]
     # Reading the folder takes a descriptor, too.
     return sorted((number, target) for number, target in open_now if not target.startswith("/proc/"))
+
+
+class Zipped(Odd):
+    """Its artifacts are compressed scripts."""
+
+    @classmethod
+    def load(cls, data: memoryview, *, threads: int) -> Self:
+        return super().load(memoryview(gzip.decompress(data)), threads=threads)

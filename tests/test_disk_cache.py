@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import hashlib
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import psutil
 import pytest
 
+import odd
 import oracle
 import zoo
 from modelcache import (
@@ -59,6 +61,8 @@ class Remote(GatedStore):
 
 
 class Nameless(Remote):
+    """A store of which nobody can tell which one it is."""
+
     url = None  # type: ignore[assignment]
 
 
@@ -132,21 +136,16 @@ async def test_copies_of_another_store_are_not_used(make_registry: MakeRegistry,
     assert np.array_equal(await registry.predict("m", ROWS), NEW.expected(ROWS))
 
 
-async def test_a_store_without_url_has_to_confirm_copies(make_registry: MakeRegistry, tmp_path: Path) -> None:
-    """Of a store that does not say which one it is, copies of earlier registries are used when it has that version."""
-    await (await make_registry(Nameless({"m.ubj": OLD.ubj}), disk_cache=tmp_path)).load("m")
-    store = Nameless({"m.ubj": OLD.ubj})
-    registry = await make_registry(store, disk_cache=tmp_path)
-    assert (await registry.invoke("m", ROWS)).tier == "disk"
-    assert (len(store.fetches), store.delivered) == (1, 0)
-    assert await reload(registry) == "disk"
-    assert len(store.fetches) == 1, "confirmed once"
-    third = await make_registry(Nameless({"m.ubj": NEW.ubj}), disk_cache=tmp_path)
-    assert np.array_equal(await third.predict("m", ROWS), NEW.expected(ROWS))
-    down = Nameless({"m.ubj": NEW.ubj})
-    down.error = StoreUnavailableError("down")
-    with pytest.raises(StoreUnavailableError):
-        await (await make_registry(down, disk_cache=tmp_path)).predict("m", ROWS)
+async def test_copies_of_a_store_without_url_are_for_one_registry(make_registry: MakeRegistry, tmp_path: Path) -> None:
+    """Nothing tells such a store from another of its kind: no other registry uses what was copied from it."""
+    first = await make_registry(Nameless({"m.ubj": OLD.ubj}), disk_cache=tmp_path)
+    await first.load("m")
+    assert await reload(first) == "disk"
+    for model in (OLD, NEW):
+        other = await make_registry(Nameless({"m.ubj": model.ubj}), disk_cache=tmp_path)
+        answer = await other.invoke("m", ROWS)
+        assert answer.tier == "store"
+        assert np.array_equal(answer.predictions, model.expected(ROWS))
 
 
 # Versions
@@ -240,6 +239,70 @@ async def test_a_store_that_refuses_is_not_got_round(
         await registry.predict("m", ROWS)
 
 
+@pytest.mark.parametrize("why", ["too large", "being written", "unwritable"])
+async def test_no_older_copy_comes_back(
+    make_registry: MakeRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    """S3: once the store has announced another version the copy of the old one is gone, whatever becomes of the new."""
+    big = zoo.model(trees=60)
+    store = Remote({"m.ubj": OLD.ubj})
+    tier = DiskTier(tmp_path, budget=len(OLD.ubj) + 1000 if why == "too large" else "1 MiB")
+    registry = await make_registry(store, disk_cache=tier)
+    await registry.load("m")
+    await kept(registry)
+    if why == "being written":
+        monkeypatch.setattr(ArtifactChannel, "_end_saving", _deaf(ArtifactChannel._end_saving))
+    elif why == "unwritable":
+        monkeypatch.setattr(tier, "incoming", lambda: tmp_path / "nowhere" / "copy")
+    store.put("m.ubj", big.ubj)
+    await registry.refresh("m")
+    await registry.unload("m")
+    answer = await registry.invoke("m", ROWS)
+    assert np.array_equal(answer.predictions, big.expected(ROWS))
+    assert answer.tier == "store"
+    await registry.unload("m")
+
+
+async def test_a_copy_that_is_written_when_its_model_is_deleted_is_not_kept(
+    make_registry: MakeRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the store has said last counts: the model does not come back from the disk."""
+    written: list[Any] = []
+    end_saving = ArtifactChannel._end_saving
+    monkeypatch.setattr(ArtifactChannel, "_end_saving", lambda *order: written.append(order))
+    store = Remote({"m.ubj": OLD.ubj})
+    registry = await make_registry(store, disk_cache=tmp_path)
+    await registry.load("m")
+    while not any(order[2] for order in written):
+        await asyncio.sleep(0)
+    store.remove("m.ubj")
+    with pytest.raises(ModelNotFoundError):
+        await registry.refresh("m")
+    for order in written:
+        end_saving(*order)
+    await kept(registry)
+    await registry.unload("m")
+    with pytest.raises(ModelNotFoundError):
+        await registry.predict("m", ROWS)
+    assert copies(tmp_path) == []
+
+
+async def test_other_spellings_of_a_name_have_no_older_copy(make_registry: MakeRegistry, tmp_path: Path) -> None:
+    """refresh("m.ubj") takes back what was copied under "m", and refresh("m") finds the resident "m.ubj"."""
+    store = Remote({"m.ubj": OLD.ubj})
+    store.open("m.ubj")
+    registry = await make_registry(store, disk_cache=tmp_path)
+    await registry.load("m")
+    await kept(registry)
+    await registry.unload("m")
+    await registry.load("m.ubj")
+    store.put("m.ubj", NEW.ubj)
+    assert (await registry.refresh("m")).name == "m.ubj"
+    assert len(registry.loaded()) == 1
+    await registry.unload("m.ubj")
+    assert np.array_equal(await registry.predict("m", ROWS), NEW.expected(ROWS))
+
+
 # Copies that are no good
 
 
@@ -276,6 +339,37 @@ async def test_a_folder_that_takes_no_more_is_streamed_past(
     await kept(registry)
     assert "copy" in caplog.text
     assert await reload(registry) == "store"
+
+
+async def test_a_damaged_copy_that_cannot_be_dropped_is_passed_by(
+    make_registry: MakeRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A4: the index cannot be written to any more; the store is asked all the same."""
+    store, tier = Remote({"m.ubj": OLD.ubj}), DiskTier(tmp_path)
+    registry = await make_registry(store, disk_cache=tier)
+    await registry.load("m")
+    await kept(registry)
+    (path,) = copies(tmp_path)
+    path.write_bytes(b"{" + bytes(100))
+
+    async def fail(_: object) -> None:
+        """As a tier does whose disk is full."""
+
+    monkeypatch.setattr(tier, "drop", fail)
+    assert await reload(registry) == "store"
+
+
+async def test_a_custom_predictor_gets_the_same_bytes_from_a_copy(make_registry: MakeRegistry, tmp_path: Path) -> None:
+    """A copy is what the predictor took, not an archive to be unpacked again; and it is for that predictor alone."""
+    inner = gzip.compress(odd.artifact())
+    store = Remote({"m.tar.gz": zoo.pack({"model.gz": inner})})
+    registry = await make_registry(store, disk_cache=tmp_path, predictor="odd:Zipped")
+    await registry.load("m")
+    await kept(registry)
+    await registry.unload("m")
+    assert (await registry.invoke("m", [[odd.PREDICT, 2.0]])).tier == "disk"
+    other = await make_registry(Remote({"m.ubj": OLD.ubj}), disk_cache=tmp_path)
+    assert (await other.invoke("m", ROWS)).tier == "store"
 
 
 async def test_a_copy_beyond_the_budget_is_not_kept(make_registry: MakeRegistry, tmp_path: Path) -> None:

@@ -484,6 +484,19 @@ async def test_calls_do_not_wait_for_revalidation(make_registry: MakeRegistry) -
     assert len(store.fetches) == 2
 
 
+async def test_revalidations_hold_up_no_cold_load(make_registry: MakeRegistry) -> None:
+    """S2: however many resident models a hanging store is asked about, a cold one gets a slot."""
+    names = [f"m{number}" for number in range(8)]
+    store, clock = Upright({f"{name}.ubj": OLD.ubj for name in [*names, "cold"]}), FakeClock()
+    registry = await make_registry(store, refresh_after=0, clock=clock, load_concurrency=4)
+    await registry.preload(names)
+    store.shut(*names)
+    for name in names:
+        assert await answers(registry, OLD, name)
+    async with asyncio.timeout(10):
+        assert await answers(registry, OLD, "cold")
+
+
 async def test_with_zero_each_call_asks(make_registry: MakeRegistry) -> None:
     """refresh_after=0: each call has the store asked, one at a time."""
     store = Upright({"m.ubj": OLD.ubj})
@@ -532,6 +545,17 @@ async def test_a_refresh_that_is_given_up_in_the_queue_leaves_the_version_as_old
     assert await answers(registry, OLD)
     await revalidated(registry)
     assert store.fetches == ["m", "n", "m"]
+
+
+async def test_groups_have_their_models_revalidated(make_registry: MakeRegistry) -> None:
+    """A hit is a hit: acquire_many of a resident model and a cold one has the store asked about the first."""
+    store, clock = Upright({"m.ubj": OLD.ubj, "n.ubj": OLD.ubj}), FakeClock()
+    registry = await make_registry(store, refresh_after=60, clock=clock)
+    await registry.load("m")
+    clock.advance(60)
+    async with registry.acquire_many(["m", "n"]):
+        await revalidated(registry)
+    assert store.fetches.count("m") == 2
 
 
 async def test_a_deletion_is_noticed_in_the_background(make_registry: MakeRegistry) -> None:

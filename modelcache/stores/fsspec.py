@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from typing import TYPE_CHECKING, Any
 
 import anyio.to_thread
@@ -19,7 +18,7 @@ from modelcache.names import split_suffix
 from modelcache.stores.base import Artifact, NotModified
 from modelcache.stores.manifest import MANIFEST, Manifest
 from modelcache.stores.suffixes import Suffixes, name_of
-from modelcache.stores.urls import without_secrets
+from modelcache.stores.urls import distinction, without_secrets
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -47,7 +46,7 @@ class FsspecStore:
 
     def __init__(self, url: str, *, manifest: str | None = MANIFEST, **options: Any) -> None:
         _check(url)
-        self.url = without_secrets(url) + _distinction(options)
+        self.url = without_secrets(url) + distinction(options)
         """Names the store's copies in a disk tier; without credentials."""
         self._place = url
         # What a listing has said of a file is not asked again: a change would be seen late, or never.
@@ -158,8 +157,3 @@ def _version(found: Info) -> str:
     telling = [str(by_name[key]) for key in _CHANGING if by_name.get(key) is not None]
     text = "-".join(telling) if telling else repr(sorted(by_name.items(), key=str))
     return f"{found.get('size')}-{text}"
-
-
-def _distinction(options: dict[str, Any]) -> str:
-    """Tell stores of the same URL apart that their options, such as an endpoint, lead to different places."""
-    return f"#{hashlib.sha256(repr(sorted(options.items())).encode()).hexdigest()[:8]}" if options else ""

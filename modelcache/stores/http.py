@@ -73,7 +73,8 @@ class HTTPStore:
     * ``connect_timeout``, ``read_timeout``: seconds for a connection, and for the next bytes of an answer.
     * ``max_connections``: open at once; more requests than that wait for one.
     * ``manifest``: the file that lists the SHA-256 of every artifact, which is enforced if it is there
-      (:mod:`modelcache.stores.manifest`); None: there is none.
+      (:mod:`modelcache.stores.manifest`); None: there is none. A server that denies access to it is taken to have
+      none, unless it has shown one before.
 
     Proxies are those of the environment (``HTTPS_PROXY``, ``NO_PROXY``).
 
@@ -105,7 +106,7 @@ class HTTPStore:
         )  # fmt: skip
         self._index = index
         self._suffixes = Suffixes()
-        self._manifest = Manifest(manifest, self._fetch_manifest)
+        self._manifest = Manifest(manifest, self._fetch_manifest, denied_is_absent=True)
         self._client: HTTPClient | None = None
         self._opening = asyncio.Lock()
 
@@ -127,10 +128,7 @@ class HTTPStore:
 
     async def _fetch_manifest(self, name: str, *, if_version: str | None = None) -> Artifact | NotModified:
         client = self._client or await self._open()
-        try:
-            return await client.fetch(_quote(name), "", model=None, if_version=if_version)
-        except StoreAccessDeniedError as error:  # the artifact was not denied: the server says so of what is not there
-            raise self._not_found(name) from error
+        return await client.fetch(_quote(name), "", model=None, if_version=if_version)
 
     async def names(self, prefix: str = "") -> AsyncIterator[str]:
         """Yield what the index lists, without suffixes, sorted, each name once.

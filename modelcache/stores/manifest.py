@@ -56,12 +56,21 @@ class Read(Protocol):
 class Manifest:
     """The manifest of a store, which owns one and passes what it is about to deliver through :meth:`enforce`.
 
-    ``name`` is the manifest's file, None for a store that is to have none. ``read`` reads it; a store that cannot tell
-    an absent file from a forbidden one decides there which of the two it takes it for. ``clock`` gives seconds.
+    ``name`` is the manifest's file, None for a store that is to have none. ``read`` reads it.
+    ``denied_is_absent`` is for a store that says of an absent file that access is denied: it has no manifest then,
+    unless there was one before. ``clock`` gives seconds.
     """
 
-    def __init__(self, name: str | None, read: Read, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        name: str | None,
+        read: Read,
+        *,
+        denied_is_absent: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.name = name
+        self._denied_is_absent = denied_is_absent
         self._read = read
         self._clock = clock
         self._looking = asyncio.Lock()
@@ -138,6 +147,8 @@ class Manifest:
             self._listed = self._version = None
             return _ABSENT
         except StoreAccessDeniedError as error:
+            if self._denied_is_absent and self._version is None:
+                return _ABSENT
             raise StoreAccessDeniedError(f"{error} Of a store that has no manifest, say so: manifest=None.") from error
         return _TRUSTED
 

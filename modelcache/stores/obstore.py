@@ -16,7 +16,7 @@ from modelcache.names import split_suffix
 from modelcache.stores.base import Artifact, NotModified
 from modelcache.stores.manifest import MANIFEST, Manifest
 from modelcache.stores.suffixes import Suffixes, name_of
-from modelcache.stores.urls import without_secrets
+from modelcache.stores.urls import distinction, without_secrets
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -51,7 +51,7 @@ class ObstoreStore:
             self._store = obstore.store.from_url(store, **options) if isinstance(store, str) else store
         except obstore.exceptions.BaseError as error:
             raise StoreError(f"obstore cannot open this URL: {_first_line(error)}") from error
-        self.url = without_secrets(store) if isinstance(store, str) else _url_of(store)
+        self.url = without_secrets(store) + distinction(options) if isinstance(store, str) else _url_of(store)
         """Names the store's copies in a disk tier; without credentials."""
         self._suffixes = Suffixes()
         self._manifest = Manifest(manifest, self._fetch_file)

@@ -96,7 +96,7 @@ class S3Store:
         self.url = self._shown + (f"?endpoint_url={quote(endpoint_url, safe=':/')}" if endpoint_url else "")
         """Says which store it is, without how to be let in: two with the same have the same artifacts."""
         self._suffixes = Suffixes()
-        self._manifest = Manifest(manifest, self._fetch_manifest)
+        self._manifest = Manifest(manifest, self._fetch_manifest, denied_is_absent=True)
         self._likely = SUFFIXES[0]
         """What answered last."""
         self._backoff = Backoff()
@@ -119,10 +119,7 @@ class S3Store:
     async def _fetch_manifest(self, name: str, *, if_version: str | None = None) -> Artifact | NotModified:
         client = self._client or await self._open()
         unless = None if if_version is None else if_version.partition("@")[0]
-        try:
-            answer = await client.get(self._folder + name, name, unless=unless)
-        except StoreAccessDeniedError as error:  # S3 says so of what is not there, to who must not list the bucket
-            raise self._not_found(name) from error
+        answer = await client.get(self._folder + name, name, unless=unless)
         return self._deliver(client, answer, name, "", if_version)
 
     def _deliver(

@@ -34,17 +34,17 @@ class ArtifactReader:
     """Takes an artifact chunk by chunk, and gives back the one model in it.
 
     With ``any_format`` what is not an archive is passed on as it is, and so is an archive's one file: another predictor
-    than the one for XGBoost knows its own format.
+    than the one for XGBoost knows its own format. What is ``raw`` is no archive, whatever it looks like.
 
     An error is raised as soon as the bytes so far allow it; after one the reader is of no further use. How
     the bytes are cut into chunks changes when an error is raised, never which one, nor the result.
     """
 
-    def __init__(self, *, limits: Limits = _DEFAULT_LIMITS, any_format: bool = False) -> None:
+    def __init__(self, *, limits: Limits = _DEFAULT_LIMITS, any_format: bool = False, raw: bool = False) -> None:
         self._limits = limits
         self._any_format = any_format
         self._head = bytearray()
-        self._stage: _Stage | None = None
+        self._stage: _Stage | None = _Raw(limits, any_format=any_format) if raw else None
 
     @property
     def declared(self) -> int:

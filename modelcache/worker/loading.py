@@ -54,8 +54,10 @@ _ESTIMATED_HEAP = 1.65
 class _Arriving:
     """An artifact of which not all has come yet, or which waits for its reservation to grow."""
 
-    def __init__(self, allowed: int, digest: str | None, *, save: str | None = None, any_format: bool) -> None:
-        self.reader = ArtifactReader(any_format=any_format)
+    def __init__(
+        self, allowed: int, digest: str | None, *, save: str | None = None, any_format: bool, raw: bool = False
+    ) -> None:
+        self.reader = ArtifactReader(any_format=any_format, raw=raw)
         self.allowed = allowed
         self.asked = 0
         self.complete = False
@@ -170,7 +172,8 @@ class ArtifactLane:
             self._fail(model, error.kind, str(error), error.facts)
 
     def _open(self, model: int, allowed: int, path: str, digest: str) -> None:
-        arriving = self._arriving[model] = self._announced(allowed, digest)
+        any_format = self._predictor is not XGBoostPredictor
+        arriving = self._arriving[model] = _Arriving(allowed, digest, any_format=any_format, raw=True)
         with self._refusing(model):
             _read_copy(arriving, path)
             self._proceed(model)
