@@ -80,8 +80,9 @@ class FsspecStore:
                 yield name
 
     async def close(self) -> None:
-        """Let go of the file system, which closes its connections when nobody refers to it."""
-        self._opened = None
+        """Let go of the file system, which closes its connections when nobody refers to it: in a thread, as it waits."""
+        last, self._opened = [self._opened], None
+        await anyio.to_thread.run_sync(last.clear)
 
     def __repr__(self) -> str:
         return f"fsspec {self.url}"

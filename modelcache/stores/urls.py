@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_SECRETS = re.compile(r"(?<=://).*@", re.DOTALL)
-"""Who and how, up to the last "@": a password may hold any character, and a user's name may be a token."""
+_PASSWORD = re.compile(r"(?<=://)([^/@:]*):.*@", re.DOTALL)
+"""Up to the last "@": it may hold any character."""
+_TOKEN = re.compile(r"^(https?://)[^/]*@")
+"""On the web a name alone may be one; elsewhere it may be a container's."""
 
 
 def without_secrets(url: str) -> str:
-    """Return ``url`` without who asks, and without what follows a question mark, where keys and signatures are."""
-    return _SECRETS.sub("", url).partition("?")[0]
+    """Return ``url`` without a password or token, and without what follows a question mark, where signatures are."""
+    return _TOKEN.sub(r"\1", _PASSWORD.sub(r"\1@", url)).partition("?")[0]
 
 
 def distinction(options: Mapping[str, Any]) -> str:

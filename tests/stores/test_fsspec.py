@@ -27,6 +27,7 @@ from modelcache import (
 )
 from modelcache.stores import fsspec as adapter
 from modelcache.stores.fsspec import FsspecStore
+from modelcache.stores.urls import without_secrets
 from modelcache.testing import check_store
 
 if TYPE_CHECKING:
@@ -207,6 +208,9 @@ def test_its_url_names_it_without_secrets() -> None:
     secret = FsspecStore("ftp://me:secret@host/models?sig=secret")
     assert secret.url == "ftp://me@host/models"
     assert repr(secret) == "fsspec ftp://me@host/models"
+    for hidden in ("sftp://me:p@ss@host/x", "sftp://me:pa/ss@host/x"):
+        assert without_secrets(hidden) == "sftp://me@host/x"
+    assert without_secrets("https://token@host/x") == "https://host/x"
     plain, other = FsspecStore("memory://x"), FsspecStore("memory://x", endpoint="http://other")
     assert plain.url == "memory://x"
     assert other.url.startswith("memory://x#")
