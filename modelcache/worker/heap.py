@@ -17,7 +17,6 @@ import sys
 _M_MMAP_THRESHOLD = -3
 _LARGEST_ARENA_CHUNK = 32 << 20  # glibc's upper bound for the threshold on 64-bit systems
 
-_ARENA = re.compile(rb'<heap nr="(\d+)">(.*?)</heap>', re.DOTALL)
 _FREE = re.compile(rb'<total type="(?:fast|rest)" count="\d+" size="(\d+)"/>')
 _SYSTEM = re.compile(rb'<system type="current" size="(\d+)"/>')
 _MAPPED = re.compile(rb'<total type="mmap" count="\d+" size="(\d+)"/>')
@@ -39,7 +38,7 @@ class Heap:
             return 0
         report = self._report()
         mapped = sum(int(size) for size in _MAPPED.findall(report)[-1:])
-        return mapped + sum(_handed_out(body) for arena, body in _ARENA.findall(report) if arena != b"0")
+        return mapped + sum(map(_handed_out, _totals(report)[1:]))  # the first arena is the main thread's
 
     def trim(self) -> None:
         """Return freed bytes to the system: freeing alone leaves the process as large as it was."""
@@ -56,6 +55,11 @@ class Heap:
         report = ctypes.string_at(text, size.value) if text.value else b""
         libc.free(text)
         return report
+
+
+def _totals(report: bytes) -> list[bytes]:
+    """Return what the report says of each arena as a whole; the sizes of its chunks, most of the text, are skipped."""
+    return [rest.partition(b"</heap>")[0] for rest in report.split(b"</sizes>")[1:]]
 
 
 def _handed_out(arena: bytes) -> int:
