@@ -59,7 +59,7 @@ class ByHand(Rival):
 class GetObject(ByHand):
     """``get_object`` with one client for all calls: the floor of anything that loads models with this library."""
 
-    label = "get_object, load_model, predict on the loop"
+    label = "get_object, all on the loop"
 
     async def start(self) -> None:
         """Make the client."""
@@ -85,7 +85,7 @@ class GetObject(ByHand):
 class GetObjectThreads(GetObject):
     """The same as one would write it in an app that must go on meanwhile."""
 
-    label = "get_object, then load and predict in a thread"
+    label = "get_object, then a thread"
 
     async def predict(self, name: str, rows: Any) -> Any:
         """Answer a first call."""
@@ -112,7 +112,7 @@ class GetObjectOnly(GetObject):
 class ReadFile(ByHand):
     """A file of the local disk, read on the loop."""
 
-    label = "read, load_model, predict on the loop"
+    label = "read, all on the loop"
     blocks = True
 
     async def get(self, name: str) -> bytes:
@@ -123,7 +123,7 @@ class ReadFile(ByHand):
 class ReadFileThreads(ReadFile):
     """The same in a thread."""
 
-    label = "read, load and predict in a thread"
+    label = "read, all in a thread"
     blocks = False
 
     async def predict(self, name: str, rows: Any) -> Any:

@@ -45,23 +45,23 @@ def plot_latency(results: dict[str, Any], path: Path) -> None:
 
 
 _COLD_PANELS = (
-    ("s3-small", "p50", "From S3, 25 trees, 1 client: p50 in µs", "shorter is better"),
-    ("s3-medium", "p50", "From S3, 100 trees, 1 client: p50 in µs", "shorter is better"),
-    ("many", "calls_per_second", "From S3, 25 trees, 32 at once: calls/s", "longer is better"),
-    ("json", "p50", "A JSON artifact, from S3 and again: p50 in µs", "shorter is better"),
-    ("disk-small", "p50", "From disk, 25 trees, 1 client: p50 in µs", "shorter is better"),
-    ("disk-medium", "p50", "From disk, 100 trees, 1 client: p50 in µs", "shorter is better"),
+    ("s3-small", "p50", "S3, 25 trees: p50 in µs", "shorter is better"),
+    ("s3-medium", "p50", "S3, 100 trees: p50 in µs", "shorter is better"),
+    ("disk-small", "p50", "Disk, 25 trees: p50 in µs", "shorter is better"),
+    ("disk-medium", "p50", "Disk, 100 trees: p50 in µs", "shorter is better"),
+    ("many", "calls_per_second", "S3, 25 trees, 32 at once: calls/s", "longer is better"),
+    ("json", "p50", "JSON, again and first: p50 in µs", "shorter is better"),
 )
 
 
 def plot_cold(results: dict[str, Any], path: Path) -> None:
     """Draw the first calls of each case."""
-    figure, axes = plt.subplots(3, 2, figsize=(15, 9), layout="constrained")
+    figure, axes = plt.subplots(3, 2, figsize=(17, 10), layout="constrained")
     for (case, quantity, title, hint), panel in zip(_COLD_PANELS, axes.flat, strict=True):
         _bars(panel, results, case, quantity)
         _entitle(panel, title, hint)
     figure.suptitle(
-        "First calls: modelcache (green), written by hand (blue), floors that block the loop or load nothing (grey)\n"
+        "First calls: modelcache (green), by hand (blue), by hand with all on the loop, or without a model (grey)\n"
         f"medians of {results['settings']['rounds']} interleaved rounds, lines from the least to the most",
         fontsize=11,
     )
@@ -85,6 +85,7 @@ def _bars(panel: Axes, results: dict[str, Any], case: str, quantity: str) -> Non
     panel.set_yticks(range(len(entries)), [_label(results, entry["rival"]) for entry in entries])
     panel.margins(x=0.13)
     panel.set_xlim(left=0)
+    panel.locator_params(axis="x", nbins=6)
     panel.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 
 
