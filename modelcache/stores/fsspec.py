@@ -80,7 +80,7 @@ class FsspecStore:
                 yield name
 
     async def close(self) -> None:
-        """Let go of the file system, which closes its connections when nobody refers to it: in a thread, as it waits."""
+        """Let go of the file system in a thread: it closes its connections when nobody refers to it, and waits."""
         last, self._opened = [self._opened], None
         await anyio.to_thread.run_sync(last.clear)
 

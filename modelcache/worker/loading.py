@@ -41,6 +41,9 @@ _TRIM_AFTER, _TRIM_SHARE = 256 << 10, 1 / 16
 """Freed bytes that may stay with the allocator, and their share of the models' bytes: returning them walks through the
 whole heap and takes up to milliseconds, so it is not done for each model."""
 
+_LARGE = 1 << 20
+"""What a smaller model was read from is left to the allocator: the next one is read into the same place."""
+
 _LEAST_PLAUSIBLE, _MOST_PLAUSIBLE = 0.5, 4.0
 """Heap per unpacked byte of the models seen lies between 0.98 and 1.63."""
 
@@ -217,7 +220,8 @@ class ArtifactLane:
         self._send(wire.LOADED, model, size, {"seconds": seconds, **facts})
         if save is not None:
             self._save(model, predictor, unpacked, Path(save))
-        self._give_back(len(unpacked.data))
+        if len(unpacked.data) >= _LARGE:
+            self._give_back(len(unpacked.data))
 
     def _parse(self, model: int, unpacked: Unpacked) -> tuple[Predictor, dict[str, Any]] | None:
         """Return the model and what it says of itself, None if the load has failed."""

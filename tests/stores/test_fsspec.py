@@ -94,7 +94,7 @@ class Unlisted(FsspecStore):
 async def test_an_asynchronous_file_system_runs_on_its_own_loop(
     server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It keeps the contract too, and takes no thread of ours."""
+    """It keeps the contract too, and takes no thread of ours but to be opened and closed."""
     ours: list[Any] = []
     run_sync = to_thread.run_sync
 
@@ -108,7 +108,7 @@ async def test_an_asynchronous_file_system_runs_on_its_own_loop(
         return Unlisted(server, manifest=None)
 
     await check_store(make)
-    assert ours == [adapter._open]
+    assert [call for call in ours if getattr(call, "__name__", "") != "clear"] == [adapter._open]
 
 
 async def test_it_serves_models_by_its_url(make_registry: MakeRegistry, folder: str) -> None:

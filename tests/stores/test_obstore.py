@@ -206,5 +206,7 @@ def test_its_url_names_it_without_secrets(tmp_path: Path) -> None:
     assert "secret" not in ObstoreStore(stores.HTTPStore("http://me:secret@host/x")).url
     assert ObstoreStore(stores.MemoryStore()).url != ObstoreStore(stores.MemoryStore()).url
     assert repr(ObstoreStore("s3://bucket/models?x=secret")) == "obstore s3://bucket/models"
-    one, other = (ObstoreStore("s3://bucket/m", config={"endpoint": host, **bucket}) for host in ("http://a", "http://b"))
+    one, other = (
+        ObstoreStore("s3://bucket/m", config={"endpoint": host, **bucket}) for host in ("http://a", "http://b")
+    )
     assert one.url != other.url, "the same bucket of another server"
