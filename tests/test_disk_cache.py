@@ -408,6 +408,7 @@ async def test_a_worker_that_is_killed_while_it_writes(
     while not registry.stats().worker_restarts:
         await asyncio.sleep(0)
     await kept(registry)
+    monkeypatch.undo()
     assert copies(tmp_path) == []
     assert (await registry.invoke("m", ROWS)).tier == "store"
 

@@ -41,7 +41,7 @@ _TRIM_AFTER, _TRIM_SHARE = 256 << 10, 1 / 16
 """Freed bytes that may stay with the allocator, and their share of the models' bytes: returning them walks through the
 whole heap and takes up to milliseconds, so it is not done for each model."""
 
-_LARGE = 1 << 20
+_LARGE = 256 << 10
 """What a smaller model was read from is left to the allocator: the next one is read into the same place."""
 
 _LEAST_PLAUSIBLE, _MOST_PLAUSIBLE = 0.5, 4.0
