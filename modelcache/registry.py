@@ -58,17 +58,17 @@ _UNLOAD_PATIENCE = 10.0
 class ModelRegistry:
     """Very many small models behind one ``await``.
 
-    ``store`` is a folder, a ``file://`` URL, or an :class:`ArtifactStore`; the registry closes it in the end.
-    ``memory_budget`` is for all resident models together, in bytes or as text like "512 MiB"; by default half of what
-    the container or host has available. ``workers`` defaults to the usable cores, ``threads_per_worker`` is XGBoost's
-    ``nthread`` in each. ``disk_cache`` is a folder, or a :class:`DiskTier`, for local copies of what the store
-    delivers. ``policy`` is "gdsf", "lru", "s3fifo", an :class:`EvictionPolicy`, a ``cachetools.Cache``, or a callable
-    returning one. ``load_timeout`` (seconds) bounds one load, ``load_concurrency`` how many run at once. A failed load
-    is remembered for ``failure_ttl`` seconds, doubling up to 30; 0 turns that off. A resident version is trusted for
-    ``refresh_after`` seconds; the next call after that is answered by it, and has the store asked in the background for
-    another. None: never; 0: each call. ``queue_limit`` is how many calls may wait per worker. ``retain=False`` unloads
-    each model after its call. ``predictor`` names a :class:`Predictor` class as "package.module:Class"; it is imported
-    in the workers. ``clock`` gives seconds.
+    ``store`` is a folder, a URL (``s3://``, ``https://``, ``file://``, those of :func:`open_store`), or an
+    :class:`ArtifactStore`; the registry closes it in the end. ``memory_budget`` is for all resident models together, in
+    bytes or as text like "512 MiB"; by default half of what the container or host has available. ``workers`` defaults
+    to the usable cores, ``threads_per_worker`` is XGBoost's ``nthread`` in each. ``disk_cache`` is a folder, or a
+    :class:`DiskTier`, for local copies of what the store delivers. ``policy`` is "gdsf", "lru", "s3fifo", an
+    :class:`EvictionPolicy`, a ``cachetools.Cache``, or a callable returning one. ``load_timeout`` (seconds) bounds one
+    load, ``load_concurrency`` how many run at once. A failed load is remembered for ``failure_ttl`` seconds, doubling
+    up to 30; 0 turns that off. A resident version is trusted for ``refresh_after`` seconds; the next call after that is
+    answered by it, and has the store asked in the background for another. None: never; 0: each call. ``queue_limit`` is
+    how many calls may wait per worker. ``retain=False`` unloads each model after its call. ``predictor`` names a
+    :class:`Predictor` class as "package.module:Class"; it is imported in the workers. ``clock`` gives seconds.
 
     Use it as ``async with``, or call :meth:`start` and :meth:`close`; the first call starts it too. All methods belong
     to one event loop.
