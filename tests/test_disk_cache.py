@@ -15,19 +15,17 @@ import odd
 import oracle
 import zoo
 from modelcache import (
-    Artifact,
     DiskTier,
     ModelCacheError,
     ModelNotFoundError,
     ModelRegistry,
-    NotModified,
     StoreAccessDeniedError,
     StoreError,
     StoreUnavailableError,
     origin,
 )
 from modelcache.pool.artifacts import ArtifactChannel
-from modelcache.testing import GatedStore
+from upright import Upright
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,23 +39,10 @@ ROWS = zoo.rows(2)
 OLD, NEW = zoo.model(), zoo.model(seed=1)
 
 
-class Remote(GatedStore):
+class Remote(Upright):
     """A store whose copies survive it, since it says whose they are."""
 
     url = "test://bucket"
-
-    def __init__(self, artifacts: dict[str, bytes]) -> None:
-        super().__init__(artifacts)
-        self.open(*(name.partition(".")[0] for name in artifacts))
-        self.delivered = 0
-        self.error: Exception | None = None
-
-    async def fetch(self, name: str, *, if_version: str | None = None) -> Artifact | NotModified:
-        found = await super().fetch(name, if_version=if_version)
-        if self.error is not None:
-            raise self.error
-        self.delivered += isinstance(found, Artifact)
-        return found
 
 
 class Nameless(Remote):

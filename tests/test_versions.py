@@ -28,6 +28,7 @@ from modelcache import (
     StoreUnavailableError,
 )
 from modelcache.testing import FakeClock, GatedStore
+from upright import Upright
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,23 +40,6 @@ if TYPE_CHECKING:
 ROWS = zoo.rows(2)
 VERSIONS = [zoo.model(seed=seed) for seed in range(4)]
 OLD, NEW, NEWER, NEWEST = VERSIONS
-
-
-class Upright(GatedStore):
-    """A gated store whose gates are open, and that counts what it delivers."""
-
-    def __init__(self, artifacts: dict[str, bytes]) -> None:
-        super().__init__(artifacts)
-        self.open(*(name.partition(".")[0] for name in artifacts))
-        self.delivered = 0
-        self.error: Exception | None = None
-
-    async def fetch(self, name: str, *, if_version: str | None = None) -> Artifact | NotModified:
-        found = await super().fetch(name, if_version=if_version)
-        if self.error is not None:
-            raise self.error
-        self.delivered += isinstance(found, Artifact)
-        return found
 
 
 class Forgetful(Upright):

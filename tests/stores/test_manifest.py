@@ -67,6 +67,26 @@ async def test_what_it_lists_has_a_digest() -> None:
     assert caught.value.model == "a.json"
 
 
+async def test_one_that_was_seen_is_not_denied_away() -> None:
+    """A store that says "denied" of what is not there has no manifest, unless it had one a moment ago."""
+    store, clock, denied = MemoryStore({FILE: listing(a=A)}), FakeClock(), True
+
+    async def read(name: str, *, if_version: str | None = None) -> Artifact | NotModified:
+        if denied:
+            raise StoreAccessDeniedError("no")
+        return await store.fetch(name, if_version=if_version)
+
+    listed = Manifest(FILE, read, denied_is_absent=True, clock=clock)
+    assert await listed.digest_of("a.ubj") is None
+    denied = False
+    clock.advance(60)
+    assert await listed.digest_of("a.ubj") == A
+    denied = True
+    clock.advance(1)
+    with pytest.raises(StoreAccessDeniedError):
+        await listed.digest_of("a.ubj")
+
+
 async def test_without_one_anything_goes() -> None:
     """A store without a manifest announces no digests; one that is to have none never looks."""
     store = Counting()
