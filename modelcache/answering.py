@@ -57,11 +57,11 @@ class Answering:
         """Return predictions; ``trace`` takes note of what became of the call."""
         call = Call(rows, output, timeout, self._queue_limit)
         for _ in range(2):
-            entry = self._leasing.take_resident(name) or await self._take_cold(name, call.deadline, trace)
+            entry = self._leasing.take_resident(name) or await self._take_cold(name, call, trace)
             if trace is not None:
                 trace.entry, trace.asked = entry, time.perf_counter()
             try:
-                answer = await ask(entry, call)
+                answer = await ask(entry, call) if call.answered_by is not entry else call.values
             except WorkerLostError as error:
                 self._life.check()  # perhaps it was ended by close()
                 call.lost = error.epitaph
@@ -99,13 +99,13 @@ class Answering:
         """Describe the model of a lease; :attr:`Lease.model` is the way to call it."""
         return self._state.info(entry)
 
-    async def _take_cold(self, name: str, deadline: float, trace: Trace | None) -> Entry[Resident]:
+    async def _take_cold(self, name: str, call: Call, trace: Trace | None) -> Entry[Resident]:
         started = time.perf_counter()
         check_name(name)
-        await self._started_by(deadline)
+        await self._started_by(call.deadline)
         entry = self._leasing.take_resident(name)
         if entry is None:
-            entry = await self._leasing.take_cold(name, deadline)
+            entry = await self._leasing.take_cold(name, call.deadline, call)
             if trace is not None:
                 trace.waited = time.perf_counter() - started
         return entry

@@ -40,6 +40,10 @@ _PEEK = 64 << 10
 """Bytes of an archive sent before its bytes are claimed: enough for its headers."""
 
 
+_LAST = 256 << 10
+"""Bytes that may wait for the store to say that they were the last: they travel with the order to load them."""
+
+
 async def _no_chunks() -> AsyncIterator[bytes]:
     """Nothing passes through here of a local copy, which the worker reads by itself."""
     return
@@ -272,21 +276,31 @@ class Attempt:
         """Pass the chunks on as they come; all of them, or the load fails."""
         loading, size = self._loading, self._source.size
         assert loading is not None
-        if isinstance(self._source, DiskCopy):
-            return  # the worker reads it
         if self._held_back:
             await self._feed(self._held_back)
+        last = b""
         async for chunk in self._chunks:
+            if chunk and len(chunk) <= _LAST and self._received + len(chunk) == size:
+                self._received, last = size, chunk  # if nothing follows, as it should
+                continue
             await self._feed(chunk)
             await self._satisfy()
             if loading.decided:
                 return
+        self._check_complete()
+        call = self._flight.call
+        loading.finish(last, call.matrix if call is not None else None)
+
+    def _check_complete(self) -> None:
+        """Refuse what is shorter than announced; a copy is checked by the worker, which reads it."""
+        if isinstance(self._source, DiskCopy):
+            return
         self._downloading = self._elapsed()
+        size = self._source.size
         if size is not None and self._received != size:
             raise StoreUnavailableError(
                 f"The store delivered {self._received:,} of the {size:,} bytes it announced.", model=self._flight.key
             )
-        loading.finish()
 
     async def _outcome(self) -> LoadedFacts:
         loading = self._loading
@@ -331,6 +345,8 @@ class Attempt:
         self._worker.charged += facts.size - self._charged
         retired = state.ledger.settle(claim, entry, listed=flight.listed)
         state.failures.forget(flight.key)
+        if flight.call is not None and self._loading.answer is not None:
+            flight.call.answer(self._loading.answer, entry)
         for waiter in waiters:
             waiter.set_result(entry)
         state.settled(entry)  # tells the subscribers, who may do anything, such as cancel one of those who waited

@@ -16,6 +16,7 @@ from modelcache.names import SUFFIXES, check_name, spellings, split_suffix
 if TYPE_CHECKING:
     from modelcache.cache.claims import Claim
     from modelcache.cache.sizes import Bounds
+    from modelcache.calls import Call
     from modelcache.lifecycle import Lifecycle
     from modelcache.loader import Loader
     from modelcache.residency import Residency, Resident
@@ -63,12 +64,15 @@ class Leasing:
         """Lease ``name``, loading it if it is not resident; ``deadline`` is monotonic, 0.0 for none."""
         return self.take_resident(name) or await self.take_cold(name, deadline)
 
-    async def take_cold(self, name: str, deadline: float) -> Entry[Resident]:
-        """Join the flight of ``name``, or start one, and return the lease it gives. The registry has started."""
+    async def take_cold(self, name: str, deadline: float, call: Call | None = None) -> Entry[Resident]:
+        """Join the flight of ``name``, or start one, and return the lease it gives. The registry has started.
+
+        ``call`` may be answered with it: then it knows.
+        """
         check_name(name)
         self._check_not_refused(name)
         started = time.perf_counter()
-        entry = await self._wait_for_flight(name, deadline)
+        entry = await self._wait_for_flight(name, deadline, call)
         self._state.counters.model_loading_wait_time.record(time.perf_counter() - started)
         return entry
 
@@ -106,25 +110,30 @@ class Leasing:
             self._quiet = asyncio.get_running_loop().create_future()
             await asyncio.wait((self._quiet,), timeout=seconds)
 
-    def board(self, name: str, part: Claim | None = None) -> Boarding:
+    def board(self, name: str, part: Claim | None = None, call: Call | None = None) -> Boarding:
         """Wait for the flight of ``name``, which is started if there is none.
 
-        ``part``: the bytes that a group, which holds other models meanwhile, has been granted for it.
+        ``part``: the bytes that a group, which holds other models meanwhile, has been granted for it. ``call`` is what
+        the model is wanted for: the first of a flight whose rows are few is answered as it lands.
         """
         flights, counters = self._state.flights, self._state.counters
         counters.misses += 1
         counters.joins += name in flights.by_key
-        boarding = self._join(name)
+        boarding = self._join(name, call=call)
         if part is not None:
             boarding.flight.group_waiters.add(boarding.waiter)
             self._loader.endow(boarding.flight, part)
         return boarding
 
-    def _join(self, name: str, *, fresh: bool = False, renews: Entry[Resident] | None = None) -> Boarding:
+    def _join(
+        self, name: str, *, fresh: bool = False, renews: Entry[Resident] | None = None, call: Call | None = None
+    ) -> Boarding:
         waiter: asyncio.Future[Entry[Resident]] = asyncio.get_running_loop().create_future()
         flight, is_new = self._state.flights.join(name, waiter)
         flight.fresh = flight.fresh or fresh
         flight.renews = renews or flight.renews
+        if call is not None and flight.call is None and call.may_go_ahead:
+            flight.call = call
         if is_new:  # an eager task runs at once: it has to know all this by now
             self._loader.start(flight)
         return Boarding(flight, waiter)
@@ -195,8 +204,8 @@ class Leasing:
         if refused is not None:
             raise refused.fresh()
 
-    async def _wait_for_flight(self, name: str, deadline: float) -> Entry[Resident]:
-        boarding = self.board(name)
+    async def _wait_for_flight(self, name: str, deadline: float, call: Call | None) -> Entry[Resident]:
+        boarding = self.board(name, call=call)
         if not deadline:
             return await self._wait_to_the_end(boarding)
         seconds = max(0.0, deadline - time.monotonic())

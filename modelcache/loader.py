@@ -214,7 +214,7 @@ class Loader:
                 return None
             attempt = Attempt(
                 self._state, self._pool, flight, found, needed=needed, started=started, asked_at=asked_at,
-                copy_to=self._origin.incoming(),
+                copy_to=self._origin.incoming(found),
             )  # fmt: skip
             try:
                 if flight.scouts:

@@ -151,9 +151,9 @@ class Origin:
 
     # Copies of what is loaded
 
-    def incoming(self) -> Path | None:
-        """Return where a worker is to write a copy; None if no copies are kept."""
-        return self.tier.incoming() if self.tier is not None else None
+    def incoming(self, found: Found) -> Path | None:
+        """Return where a worker is to write a copy of what was ``found``; None if none is to be made."""
+        return self.tier.incoming() if self.tier is not None and found.tier == "store" else None
 
     async def keep(self, name: str, found: Found, saving: Saving, *, received: int, cost: float) -> None:
         """Publish the copy of what has been loaded: ``received`` bytes from the store, at a ``cost`` in seconds."""

@@ -64,7 +64,8 @@ class Timings:
     downloading: float
     loading: float
     predicting: float
-    """From the rows being sent to the worker to its answer."""
+    """From the rows being sent to the worker to its answer. The few rows of a call that loads a model travel with the
+    artifact: their prediction is part of ``loading``."""
     total: float
 
 
@@ -129,7 +130,7 @@ class WorkerStats:
     queue_depth: int
     """Calls that wait for it: sent and not yet answered, or not yet sent since it takes no more."""
     predict_latency: Summary
-    """Seconds from sending rows to their answer."""
+    """Seconds from sending rows to their answer, without calls that were answered as their model was loaded."""
 
 
 @dataclass(frozen=True, slots=True)

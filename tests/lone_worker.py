@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from modelcache.pool import wire
+from modelcache.pool.blackbox import BlackBox, shared_memory
 from modelcache.pool.pool import XGBOOST
 
 MAIN = Path(wire.__file__).parent.parent / "worker" / "__main__.py"
@@ -43,7 +44,9 @@ class LoneWorker:
     def __init__(self, predictor: str = XGBOOST, *options: str) -> None:
         self.requests, theirs = socket.socketpair()
         self.artifacts, theirs_too = socket.socketpair()
-        descriptors = (theirs.fileno(), theirs_too.fileno())
+        memory = shared_memory()
+        self.box = BlackBox(memory)
+        descriptors = (theirs.fileno(), theirs_too.fileno(), memory)
         imports = map(os.path.abspath, sys.path)
         self.process = subprocess.Popen(
             [sys.executable, "-P", *options, str(MAIN), *map(str, descriptors), "1", predictor, *imports],
@@ -53,6 +56,7 @@ class LoneWorker:
         )
         theirs.close()
         theirs_too.close()
+        os.close(memory)
         self.requests.settimeout(PATIENCE)
         self.artifacts.settimeout(PATIENCE)
         self.hello = self.report()
@@ -61,6 +65,7 @@ class LoneWorker:
         """End it, and return what it wrote to standard error."""
         self.requests.close()
         self.artifacts.close()
+        self.box.close()
         _, said = self.process.communicate(timeout=PATIENCE)
         return said.decode()
 
@@ -73,6 +78,13 @@ class LoneWorker:
         size, kind, _, _, model, number = wire.ARTIFACT.unpack(_read(self.artifacts, wire.ARTIFACT.size))
         return Report(kind, model, number, json.loads(_read(self.artifacts, size)) if size else {})
 
+    def answer(self) -> np.ndarray[Any, Any]:
+        """Return the values of an ANSWER."""
+        size, kind, dimensions, _, _, rows = wire.ARTIFACT.unpack(_read(self.artifacts, wire.ARTIFACT.size))
+        assert kind == wire.ANSWER
+        values = np.frombuffer(_read(self.artifacts, size), np.float32)
+        return values.reshape(rows, -1) if dimensions > 1 else values
+
     def send_artifact(self, model: int, data: bytes, *, allowed: int = 1 << 30) -> None:
         self.command(wire.BEGIN, model, allowed)
         self.command(wire.CHUNK, model, 0, data)
@@ -81,9 +93,7 @@ class LoneWorker:
     def load(self, model: int, data: bytes) -> Report:
         """Load an artifact and return LOADED, or FAILED."""
         self.send_artifact(model, data)
-        while (report := self.report()).kind == wire.STARTED:
-            pass
-        return report
+        return self.report()
 
     # The request lane
 

@@ -458,8 +458,9 @@ async def test_three_hundred_models_cycle_through_a_budget_for_thirty(make_regis
     """L1: after each call, what the ledger counts is within the budget, to the byte, and is the models' sizes' sum.
 
     After every ten, when nothing is loading, the workers' heap, without the arenas of their main threads, has grown by
-    0.9 to 1.05 of what the ledger counts, and their resident set by 1.25 of the budget at most. When all models have
-    been unloaded, a quarter of the budget at most is left of that.
+    0.9 to 1.05 of what the ledger counts, and their resident set by 1.25 of the budget and what two parsers take, at
+    most; that of the parsers is given back when there is nothing more to load. When all models have been unloaded, a
+    quarter of the budget at most is left.
     """
     kinds = [zoo.model(trees=1000, seed=seed) for seed in range(3)]
     models = {f"m{index:03}": kinds[index % len(kinds)] for index in range(300)}
@@ -485,7 +486,9 @@ async def test_three_hundred_models_cycle_through_a_budget_for_thirty(make_regis
         assert 0.9 <= taken <= 1.05, "the ledger counts what the heap has"
         highest = max(highest, resident_set(registry) - rss)
     assert len(registry.loaded()) >= 28
-    assert highest <= 1.25 * budget
+    assert highest <= 1.25 * budget + 2 * 4 * len(kinds[0].ubj)
+    while resident_set(registry) - rss > 1.25 * budget:
+        await asyncio.sleep(0)
     assert registry.stats().evictions["budget"] == len(models) - len(registry.loaded())
     registry.resize(1)
     while registry.stats().bytes_unloading:

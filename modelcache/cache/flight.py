@@ -56,6 +56,7 @@ class Flight:
     """A load under way and those who wait for it."""
 
     __slots__ = (
+        "call",
         "claim",
         "fresh",
         "group_waiters",
@@ -81,6 +82,8 @@ class Flight:
         """True if the store has to be asked, whatever copies there are."""
         self.renews: Entry[Any] | None = None
         """The version that it replaces if the store has another."""
+        self.call: Any = None
+        """A call that is answered as it lands: its rows travel with the artifact."""
         self.needed = 0
         """Bytes it has claimed, or waits for."""
         self.claim: Claim | None = None

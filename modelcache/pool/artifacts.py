@@ -7,6 +7,8 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from modelcache.errors import (
     CorruptArtifactError,
     ModelCacheError,
@@ -20,7 +22,12 @@ from modelcache.pool.lost import WorkerLostError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from numpy.typing import NDArray
+
+    from modelcache.pool.blackbox import BlackBox
     from modelcache.pool.lost import Epitaph
+
+    Matrix = NDArray[np.float32]
 
 _REFUSALS: dict[str, type[ModelCacheError]] = {
     "corrupt": CorruptArtifactError,
@@ -67,10 +74,11 @@ class Saved:
 
 
 class Loading:
-    """One artifact on its way into a worker."""
+    """One artifact on its way into a worker; ``head`` is the frame that announces it, sent with what comes first."""
 
-    def __init__(self, channel: ArtifactChannel, model: int) -> None:
+    def __init__(self, channel: ArtifactChannel, model: int, head: bytes) -> None:
         self._channel = channel
+        self._head = head
         self.model = model
         self.saved: asyncio.Future[Saved | None] | None = None
         """What was written, None if nothing was; there only if it was ordered."""
@@ -78,9 +86,10 @@ class Loading:
         """Unpacked bytes that the artifact has at least, beyond what is reserved; 0 when that is enough."""
         self.asked = 0
         """Unpacked bytes that the worker would have reserved for it."""
-        self.parsing = False
         self.blame = 0.0
         """Its share in a crash of the worker, set when there has been one."""
+        self.answer: Matrix | None = None
+        """What the model predicts for the rows that it was finished with."""
         self.result: LoadedFacts | None = None
         self.error: Exception | None = None
         self._news = asyncio.Event()
@@ -90,6 +99,11 @@ class Loading:
         """True once it is loaded, refused or lost."""
         return self.result is not None or self.error is not None
 
+    @property
+    def parsing(self) -> bool:
+        """True while the worker's parser is at it, or was when the worker ended."""
+        return self._channel.parsing() is self
+
     async def feed(self, chunk: bytes) -> None:
         """Send the next bytes, as fast as the worker takes them.
 
@@ -97,19 +111,28 @@ class Loading:
         """
         view = memoryview(chunk)
         for start in range(0, max(len(view), 1), wire.PAYLOAD_LIMIT):
-            self._channel.command(wire.CHUNK, self.model, 0, bytes(view[start : start + wire.PAYLOAD_LIMIT]))
+            self._send(_frame(wire.CHUNK, self.model, 0, bytes(view[start : start + wire.PAYLOAD_LIMIT])))
             await self._channel.writable()
             await asyncio.sleep(0)
 
-    def finish(self) -> None:
-        """Say that the artifact is complete."""
-        self._channel.command(wire.END, self.model)
+    def finish(self, last: bytes = b"", rows: Matrix | None = None) -> None:
+        """Send the ``last`` bytes, and say that the artifact is complete.
+
+        ``rows`` are to be predicted as soon as it has loaded.
+        """
+        chunk = _frame(wire.CHUNK, self.model, 0, last) if last else b""
+        count, cells = (len(rows), rows.tobytes()) if rows is not None else (0, b"")
+        self._send(chunk + _frame(wire.END, self.model, count, cells))
 
     def grant(self, allowed: int) -> None:
         """Answer ``needed``: the reservation covers ``allowed`` unpacked bytes now."""
         if self.needed <= allowed:  # it may have grown while bytes were claimed for it
             self.needed = 0
-        self._channel.command(wire.GRANT, self.model, allowed)
+        self._send(_frame(wire.GRANT, self.model, allowed))
+
+    def _send(self, frames: bytes) -> None:
+        head, self._head = self._head, b""
+        self._channel.send(head + frames)
 
     async def news(self) -> None:
         """Wait until it is decided or more bytes are needed."""
@@ -131,11 +154,13 @@ class ArtifactChannel(Channel):
     def __init__(
         self,
         lost: Callable[[], None],
+        box: BlackBox,
         *,
         hello: Callable[[dict[str, Any]], None],
         unloaded: Callable[[int], None],
     ) -> None:
         super().__init__(wire.ARTIFACT, lost)
+        self._box = box
         self._hello = hello
         self._unloaded = unloaded
         self._loadings: dict[int, Loading] = {}
@@ -152,33 +177,28 @@ class ArtifactChannel(Channel):
 
         ``save`` is a path at which the worker makes a file of the model when it has loaded.
         """
-        loading = self._loadings[model] = Loading(self, model)
+        facts = json.dumps({"digest": digest, "save": save}).encode() if digest or save else b""
+        loading = self._loadings[model] = Loading(self, model, _frame(wire.BEGIN, model, allowed, facts))
         if save is not None:
             loading.saved = self._saving[model] = self._loop.create_future()
-        facts = {"digest": digest, "save": save} if digest or save else None
-        self.command(wire.BEGIN, model, allowed, json.dumps(facts).encode() if facts else b"")
         return loading
 
     def open(self, model: int, allowed: int, path: str, digest: str) -> Loading:
-        """Order a local copy to be loaded, as :meth:`begin` does with what is sent."""
-        loading = self._loadings[model] = Loading(self, model)
-        self.command(wire.OPEN, model, allowed, json.dumps({"path": path, "digest": digest}).encode())
+        """Announce a local copy, as :meth:`begin` does with what is sent; nothing is to be fed."""
+        facts = json.dumps({"path": path, "digest": digest}).encode()
+        loading = self._loadings[model] = Loading(self, model, _frame(wire.OPEN, model, allowed, facts))
         return loading
 
     def unload(self, model: int) -> None:
         """Order the bytes of a model, or of an artifact on its way, to be freed."""
-        self.command(wire.UNLOAD, model)
+        self.send(_frame(wire.UNLOAD, model))
 
     def measure(self) -> asyncio.Future[int]:
         """Ask for the bytes in use on the worker's heap."""
         future: asyncio.Future[int] = self._loop.create_future()
         self._measuring.append(future)
-        self.command(wire.MEASURE, 0)
+        self.send(_frame(wire.MEASURE, 0))
         return future
-
-    def command(self, kind: int, model: int, number: int = 0, payload: bytes = b"") -> None:
-        """Send one frame."""
-        self.send(wire.ARTIFACT.pack(len(payload), kind, 0, 0, model, number) + payload)
 
     def forget(self, loading: Loading) -> None:
         """Listen no more to a load; it has to be unloaded like a model, whatever has become of it in the worker."""
@@ -186,14 +206,14 @@ class ArtifactChannel(Channel):
 
     def parsing(self) -> Loading | None:
         """Return the load that the worker's parser is at: the one to suspect if it crashes or hangs."""
-        return next((loading for loading in self._loadings.values() if loading.parsing), None)
+        return self._loadings.get(self._box.parsing)
 
     def fail_all(self, epitaph: Epitaph) -> None:
         """The worker is gone: wake everyone who waits for it."""
-        loadings, self._loadings = self._loadings, {}
-        for loading in loadings.values():
+        for loading in self._loadings.values():
             loading.error = WorkerLostError(epitaph, parsing=loading.parsing)
             loading.tell()
+        self._loadings = {}
         for model in tuple(self._saving):
             self._end_saving(model, None)
         for future in self._measuring:
@@ -201,7 +221,7 @@ class ArtifactChannel(Channel):
 
     def frame_received(self, header: tuple[Any, ...], data: bytes, start: int, end: int) -> None:
         """Take one report."""
-        _, kind, _, _, model, number = header
+        _, kind, dimensions, _, model, number = header
         if kind == wire.HELLO:
             self._hello(json.loads(data[start:end]))
         elif kind == wire.UNLOADED:
@@ -213,6 +233,8 @@ class ArtifactChannel(Channel):
                 measuring.set_result(number)
         elif kind == wire.SAVED:
             self._end_saving(model, Saved(number, **json.loads(data[start:end])))
+        elif kind == wire.ANSWER:
+            self._take_answer(model, number, dimensions, data[start:end])
         elif loading := self._loadings.get(model):
             self._advance(loading, kind, number, data[start:end])
 
@@ -221,10 +243,13 @@ class ArtifactChannel(Channel):
         if future is not None and not future.done():
             future.set_result(saved)
 
+    def _take_answer(self, model: int, rows: int, dimensions: int, payload: bytes) -> None:
+        loading = self._loadings.get(model)
+        if loading is not None:
+            values = np.frombuffer(bytearray(payload), np.float32)  # so that the caller's array is writable
+            loading.answer = values.reshape(rows, -1) if dimensions > 1 else values
+
     def _advance(self, loading: Loading, kind: int, number: int, payload: bytes) -> None:
-        if kind == wire.STARTED:
-            loading.parsing = True
-            return
         if kind == wire.NEED:
             loading.needed, loading.asked = number, json.loads(payload)["asked"]
         elif kind == wire.LOADED:
@@ -236,3 +261,7 @@ class ArtifactChannel(Channel):
         if loading.decided:
             del self._loadings[loading.model]
         loading.tell()
+
+
+def _frame(kind: int, model: int, number: int = 0, payload: bytes = b"") -> bytes:
+    return wire.ARTIFACT.pack(len(payload), kind, 0, 0, model, number) + payload

@@ -69,7 +69,9 @@ class Worker:
         self.process = await start_process(
             self._lanes,
             lambda: RequestChannel(self._lane_lost, self.latency.record),
-            lambda: ArtifactChannel(self._lane_lost, hello=self.hello.set_result, unloaded=self._on_unloaded),
+            lambda: ArtifactChannel(
+                self._lane_lost, self._lanes.box, hello=self.hello.set_result, unloaded=self._on_unloaded
+            ),
             threads=threads,
             predictor=predictor,
         )
@@ -182,6 +184,7 @@ class Worker:
         if not await self.process.wait(_LEAVE_TIMEOUT):
             self.process.kill("it did not leave when told to" if patient else "")
             await self.process.wait()
+        self._lanes.box.close()
         return self._epitaph()
 
     def _epitaph(self) -> Epitaph:

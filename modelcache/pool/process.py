@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from anyio import to_thread
 
 from modelcache.errors import ModelCacheError
+from modelcache.pool.blackbox import BlackBox, shared_memory
 from modelcache.pool.channel import Channel
 
 if TYPE_CHECKING:
@@ -70,30 +71,37 @@ class _LastWords(asyncio.Protocol):
 
 
 class Lanes:
-    """The parent's ends of a worker's two lanes, from the moment there are any."""
+    """The parent's ends of a worker's two lanes and of its black box, from the moment there are any."""
+
+    box: BlackBox
 
     def __init__(self) -> None:
         self.ends: tuple[socket.socket, ...] = ()
 
     @contextlib.contextmanager
-    def open(self) -> Iterator[tuple[int, int]]:
-        """Open both lanes, and give the descriptors that the worker started in the block is to have.
+    def open(self) -> Iterator[list[int]]:
+        """Open all three, and give the descriptors that the worker started in the block is to have.
 
         Those are closed after it: an end that is held elsewhere would hide that the worker has ended.
         """
-        requests, workers_requests = socket.socketpair()
-        artifacts, workers_artifacts = socket.socketpair()
-        self.ends = requests, artifacts
-        try:
-            yield workers_requests.fileno(), workers_artifacts.fileno()
-        finally:
-            workers_requests.close()
-            workers_artifacts.close()
+        descriptors: list[int] = []
+        with contextlib.ExitStack() as workers:
+            for _ in ("requests", "artifacts"):
+                end, workers_end = socket.socketpair()
+                self.ends += (end,)
+                workers.enter_context(workers_end)
+                descriptors.append(workers_end.fileno())
+            descriptors.append(memory := shared_memory())
+            workers.callback(os.close, memory)
+            self.box = BlackBox(memory)
+            yield descriptors
 
     def close(self) -> None:
-        """Close both, if they have not become transports."""
+        """Close both lanes, if they have not become transports, and the box."""
         for end in self.ends:
             end.close()
+        if hasattr(self, "box"):
+            self.box.close()
 
     def abandon(self) -> None:
         """Let go of both without a word to the loop, which may be another process's.
@@ -224,7 +232,7 @@ async def _spawn(lanes: Lanes, threads: int, predictor: str) -> Process:
 async def _execute(
     lanes: Lanes,
     make_listener: Callable[[], _Listener],
-    command: Callable[[tuple[int, int]], list[str]],
+    command: Callable[[list[int]], list[str]],
     **options: Any,
 ) -> asyncio.SubprocessTransport:
     """Call the loop's ``subprocess_exec``, which does not always end when it is cancelled.
@@ -255,7 +263,7 @@ def _end_process(started: asyncio.Task[tuple[asyncio.SubprocessTransport, _Liste
         started.result()[0].close()  # it came up in the tick of the cancellation
 
 
-def _command(descriptors: tuple[int, int], threads: int, predictor: str, imports: list[str]) -> list[str]:
+def _command(descriptors: list[int], threads: int, predictor: str, imports: list[str]) -> list[str]:
     # -P: the worker's own folder must not shadow other modules.
     return [sys.executable, "-P", str(_WORKER), *map(str, descriptors), str(threads), predictor, *imports]
 

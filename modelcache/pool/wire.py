@@ -18,9 +18,11 @@ Every header starts with the payload's length, then the kind of the frame:
                                  told by NEED what the first chunk announces
                                  payload: JSON with the `digest` of the artifact (SHA-256, hexadecimal) if it is known,
                                  and `save`, a path to write the model to once it has loaded, if that is wanted
-    OPEN     model, allowed      load the copy in a local file; payload: JSON with its `path` and `digest`
+    OPEN     model, allowed      BEGIN for a local copy, which the worker reads by itself; payload: JSON with its `path`
+                                 and `digest`
     CHUNK    model               payload: the next bytes of the artifact
-    END      model               the artifact is complete: compare its digest, and load it
+    END      model, rows         the artifact is complete: compare its digest, and load it
+                                 payload: the rows of the call that loads it, float32, row-major, if they are few
     GRANT    model, allowed      the reservation has grown
     UNLOAD   model               free the model, or forget the artifact
     MEASURE                      report the heap
@@ -29,13 +31,16 @@ Every header starts with the payload's length, then the kind of the frame:
                                  message of why it cannot serve
     NEED     model, bytes        unpacked, this artifact takes so many at least, more than `allowed`; waits for GRANT
                                  or UNLOAD; payload: JSON with `asked`, more than that if it may still be growing
-    STARTED  model               the parser begins: if the worker dies now, this artifact did it
+    ANSWER   model, rows         comes before LOADED if there were rows: what the model predicts for them, as in RESULT,
+                                 the number of dimensions behind the kind
     LOADED   model, bytes        measured heap; payload: JSON with what the model says of itself
     FAILED   model               payload: JSON with kind, message and facts
     SAVED    model, bytes        written to `save`, in the form that loads fastest; payload: JSON with its `digest`, or
                                  with the `error` that prevented it
     UNLOADED model               its bytes are free
     HEAP     model, bytes        answers MEASURE: bytes in use
+
+Which artifact the parser is at, so that a crash has a culprit, is in the worker's black box (blackbox.py).
 
 Deadlines are seconds of CLOCK_MONOTONIC, which all processes of a host share; 0.0 means none. No frame carries
 anything that is executed or unpickled on the other side.
@@ -49,7 +54,7 @@ from struct import Struct
 PREDICT, CANCEL, PING, PONG, RESULT, ERROR, FAULT = range(1, 8)
 # kinds, artifact lane
 BEGIN, OPEN, CHUNK, END, GRANT, UNLOAD, MEASURE = range(16, 23)
-HELLO, NEED, STARTED, LOADED, SAVED, FAILED, UNLOADED, HEAP = range(32, 40)
+HELLO, NEED, ANSWER, LOADED, SAVED, FAILED, UNLOADED, HEAP = range(32, 40)
 
 OUTPUTS = ("value", "margin", "leaf", "contribs")
 """What a call may ask for; a frame carries the index."""
@@ -61,7 +66,7 @@ REPLY = Struct("<IBBHIIIIf")
 """RESULT, ERROR, FAULT, PONG: payload length, kind, dimensions, 0, call, shape (3 numbers), seconds of prediction."""
 
 ARTIFACT = Struct("<IBBHIQ")
-"""Artifact lane, both directions: payload length, kind, 0, 0, model, bytes."""
+"""Artifact lane, both directions: payload length, kind, dimensions, 0, model, bytes or rows."""
 
 PAYLOAD_LIMIT = 1 << 20
 """Largest payload the parent puts into one frame, unless a single row is larger."""

@@ -1,8 +1,8 @@
 """A worker process: two threads, two lanes, no event loop.
 
-Started by its path, ``python .../modelcache/worker/__main__.py REQUESTS ARTIFACTS THREADS PREDICTOR IMPORTS...``, with
-two socket descriptors and the folders that the parent imports from. Ends when the parent closes the request lane or
-dies; ignores Ctrl-C, which is the parent's to decide about.
+Started by its path, ``python .../modelcache/worker/__main__.py REQUESTS ARTIFACTS BOX THREADS PREDICTOR IMPORTS...``,
+with the descriptors of two sockets and of its black box, and the folders that the parent imports from. Ends when the
+parent closes the request lane or dies; ignores Ctrl-C, which is the parent's to decide about.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 
 if __name__ == "__main__":
-    sys.path[:0] = sys.argv[5:]  # as PYTHONPATH would, but that is split at each ':'
+    sys.path[:0] = sys.argv[6:]  # as PYTHONPATH would, but that is split at each ':'
 
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -44,6 +44,7 @@ import traceback
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
+from modelcache.pool.blackbox import BlackBox
 from modelcache.worker.heap import Heap
 from modelcache.worker.loading import ArtifactLane
 from modelcache.worker.predicting import RequestLane
@@ -62,14 +63,15 @@ _BROKEN = 70
 """Exit code of a worker that met a fault of its own (EX_SOFTWARE)."""
 
 
-def main(requests: int, artifacts: int, threads: int, predictor: str) -> None:
+def main(requests: int, artifacts: int, box: int, threads: int, predictor: str) -> None:
     """Serve both lanes until the parent goes away."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Not of all threads: one that runs meanwhile is read while it changes, and what that crashes is the report.
     faulthandler.enable(all_threads=False)
     sys.setswitchinterval(_GIL_HANDOVER)
     models: Models = {}
-    lane = ArtifactLane(socket.socket(fileno=artifacts), models, heap=Heap(), threads=threads)
+    lane = ArtifactLane(socket.socket(fileno=artifacts), models, heap=Heap(), box=BlackBox(box), threads=threads)
+    os.close(box)
     load_forever = partial(lane.run, lambda: resolve(predictor))
     threading.Thread(target=_until_parent_leaves, args=(load_forever,), daemon=True).start()
     _until_parent_leaves(RequestLane(socket.socket(fileno=requests), models).run)
@@ -90,4 +92,5 @@ def _until_parent_leaves(serve: Callable[[], None]) -> NoReturn:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    _requests, _artifacts, _box, _threads = map(int, sys.argv[1:5])
+    main(_requests, _artifacts, _box, _threads, sys.argv[5])

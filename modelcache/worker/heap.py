@@ -17,9 +17,12 @@ import sys
 _M_MMAP_THRESHOLD = -3
 _LARGEST_ARENA_CHUNK = 32 << 20  # glibc's upper bound for the threshold on 64-bit systems
 
-_FREE = re.compile(rb'<total type="(?:fast|rest)" count="\d+" size="(\d+)"/>')
-_SYSTEM = re.compile(rb'<system type="current" size="(\d+)"/>')
-_MAPPED = re.compile(rb'<total type="mmap" count="\d+" size="(\d+)"/>')
+_TOTALS = re.compile(
+    rb'<total type="fast" count="\d+" size="(\d+)"/>\s*'
+    rb'<total type="rest" count="\d+" size="(\d+)"/>\s*'
+    rb'(?:<total type="mmap" count="\d+" size="(\d+)"/>\s*)?'
+    rb'<system type="current" size="(\d+)"/>'
+)
 
 
 class Heap:
@@ -37,8 +40,8 @@ class Heap:
         if self._libc is None:
             return 0
         report = self._report()
-        mapped = sum(int(size) for size in _MAPPED.findall(report)[-1:])
-        return mapped + sum(map(_handed_out, _totals(report)[1:]))  # the first arena is the main thread's
+        # The first totals are those of the main thread's arena, the last those of all arenas.
+        return _handed_out(report, report.rindex(b"</heap>")) - _handed_out(report, report.index(b"</sizes>"))
 
     def trim(self) -> None:
         """Return freed bytes to the system: freeing alone leaves the process as large as it was."""
@@ -57,14 +60,55 @@ class Heap:
         return report
 
 
-def _totals(report: bytes) -> list[bytes]:
-    """Return what the report says of each arena as a whole; the sizes of its chunks, most of the text, are skipped."""
-    return [rest.partition(b"</heap>")[0] for rest in report.split(b"</sizes>")[1:]]
+class Scales:
+    """Weighs models: each is what the heap has grown by since it began to be loaded.
+
+    A reading walks through all free chunks, and a first call waits for it. So the reading after one load is that before
+    the next, unless models have been freed between them: then another is taken when there is nothing else to do.
+    """
+
+    def __init__(self, heap: Heap) -> None:
+        self._heap = heap
+        self._rest: int | None = None
+        """Bytes in use when nothing is loading; None when they are not known any more."""
+        self._before = 0
+        self._beside: int | None = None
+
+    def begin(self, beside: int | None) -> None:
+        """Begin with a model; ``beside`` bytes are held until its end, and were not before; None: nobody knows."""
+        if self._rest is None or beside is None:
+            self._before = self._heap.in_use()
+        else:
+            self._before = self._rest + beside
+        self._rest, self._beside = None, beside
+
+    def end(self) -> int:
+        """Return the bytes of the model, which is loaded."""
+        after = self._heap.in_use()
+        if self._beside is not None:
+            self._rest = after - self._beside
+        return after - self._before
+
+    @property
+    def is_disturbed(self) -> bool:
+        """True if a reading is due; it can wait until there is time for it."""
+        return self._rest is None
+
+    def disturb(self) -> None:
+        """Something was freed; how much it was is not certain, and errors would add up."""
+        self._rest = None
+
+    def come_to_rest(self) -> None:
+        """Take the reading that is due; nothing must be arriving."""
+        self._rest = self._heap.in_use()
 
 
-def _handed_out(arena: bytes) -> int:
-    system = _SYSTEM.search(arena)
-    return (int(system[1]) if system else 0) - sum(map(int, _FREE.findall(arena)))
+def _handed_out(report: bytes, start: int) -> int:
+    """Return the bytes in use by the totals that follow ``start``; the sizes of free chunks are most of the report."""
+    totals = _TOTALS.search(report, start)
+    assert totals is not None
+    fast, rest, mapped, system = (int(size or 0) for size in totals.groups())
+    return system - fast - rest + mapped
 
 
 def _glibc() -> ctypes.CDLL | None:

@@ -9,16 +9,22 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from contextlib import contextmanager
 from os import sched_yield
 from pathlib import Path
+from select import select
 from threading import Thread
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import numpy as np
 
 from modelcache.pool import wire
 from modelcache.worker.artifact import ArtifactError, ArtifactReader
 from modelcache.worker.bound import growing_by, most_bytes
+from modelcache.worker.heap import Scales
+from modelcache.worker.inbox import Inbox
 from modelcache.worker.models import LoadedModel
 from modelcache.worker.predictors import PredictorFaultError, XGBoostPredictor, described, no_message
 
@@ -27,22 +33,28 @@ if TYPE_CHECKING:
     from _hashlib import HASH
     from collections.abc import Callable, Iterator
 
+    from modelcache.pool.blackbox import BlackBox
     from modelcache.worker.artifact import Unpacked
     from modelcache.worker.heap import Heap
     from modelcache.worker.models import Models
-    from modelcache.worker.predictors import Predictor
+    from modelcache.worker.predictors import Matrix, Predictor
 
 T = TypeVar("T")
 
 _CHUNK = 1 << 20
 """Bytes of a copy read at once."""
 
-_TRIM_AFTER, _TRIM_SHARE = 256 << 10, 1 / 16
-"""Freed bytes that may stay with the allocator, and their share of the models' bytes: returning them walks through the
-whole heap and takes up to milliseconds, so it is not done for each model."""
+_IDLE = 0.02
+"""Seconds without a frame after which there is time for chores."""
 
-_LARGE = 256 << 10
-"""What a smaller model was read from is left to the allocator: the next one is read into the same place."""
+_TRIM_AFTER, _TRIM_SHARE = 256 << 10, 1 / 16
+"""Freed bytes that may stay with the allocator, and their share of the models' bytes. Returning them walks through the
+whole heap and takes up to milliseconds, and what is returned has to be fetched page by page for the next load."""
+_TRIM_BUSY = 4
+"""So many times as many may stay while there is something to do: the next load is most likely to use them."""
+
+_PARSED = {"ubj": 3, "json": 11, "other": 1}
+"""Bytes that parsing takes at its peak, per byte of the model, beyond what stays."""
 
 _LEAST_PLAUSIBLE, _MOST_PLAUSIBLE = 0.5, 4.0
 """Heap per unpacked byte of the models seen lies between 0.98 and 1.63."""
@@ -65,11 +77,16 @@ class _Arriving:
         self.asked = 0
         self.complete = False
         self.save = save
+        self.rows: Matrix | None = None
+        """What to predict as soon as it is loaded."""
+        self.holds_bytes = False
+        """True once chunks have come."""
         self._digest = digest or ""
         self._hash = _new_hash() if digest else None
 
-    def feed(self, chunk: bytes) -> None:
+    def feed(self, chunk: bytes | memoryview) -> None:
         """Take the next chunk."""
+        self.holds_bytes = True
         if self._hash is not None:
             self._hash.update(chunk)
         self.reader.feed(chunk)
@@ -108,18 +125,30 @@ def _new_hash() -> HASH:
     return sha256()
 
 
+class _Parsed(NamedTuple):
+    predictor: Predictor
+    facts: dict[str, Any]
+    answer: Matrix | None
+    """To the rows that came with the artifact."""
+
+
 class ArtifactLane:
     """Serve loads and unloads from ``sock`` into ``models`` until the parent closes the other end."""
 
-    def __init__(self, sock: socket.socket, models: Models, *, heap: Heap, threads: int) -> None:
+    def __init__(self, sock: socket.socket, models: Models, *, heap: Heap, box: BlackBox, threads: int) -> None:
         self._sock = sock
+        self._inbox = Inbox(sock, wire.ARTIFACT)
         self._models = models
         self._heap = heap
+        self._scales = Scales(heap)
+        self._box = box
         self._threads = threads
         self._predictor: type[Predictor]
         self._arriving: dict[int, _Arriving] = {}
-        self._held = 0
-        self._freed = 0
+        self._held = self._most_held = 0
+        """Bytes of the models, and the most that they were since what is free was returned."""
+        self._parsed = 0
+        """Bytes that the largest parse since then has left free."""
 
     def run(self, find_predictor: Callable[[], type[Predictor]]) -> None:
         """Report that the worker is up, or why it cannot be; then serve until end of file."""
@@ -127,14 +156,18 @@ class ArtifactLane:
             self._predictor = find_predictor()
             self._warm_up()
         except (ImportError, PredictorFaultError) as error:
-            kind = "missing" if isinstance(error, ImportError) else "fault"
-            self._send(wire.HELLO, 0, os.getpid(), {"kind": kind, "message": str(error)})
+            reason = "missing" if isinstance(error, ImportError) else "fault"
+            self._send(wire.HELLO, 0, os.getpid(), {"kind": reason, "message": str(error)})
             return
         self._send(wire.HELLO, 0, os.getpid(), {"exact_heap": self._heap.exact})
-        with self._sock.makefile("rb", buffering=256 << 10) as stream:
-            while len(header := stream.read(wire.ARTIFACT.size)) == wire.ARTIFACT.size:
-                size, kind, _, _, model, number = wire.ARTIFACT.unpack(header)
-                self._take(kind, model, number, stream.read(size) if size else b"")
+        while self._inbox.fill(wait=not self._has_chores()):
+            frames = self._inbox.frames()
+            for (_, kind, _, _, model, number), payload in frames:
+                self._take(kind, model, number, payload)
+            if not frames and not select([self._sock], (), (), _IDLE)[0]:
+                self._do_chores()
+            elif self._free() - self._parsed >= _TRIM_BUSY * self._may_stay_free():
+                self._trim()
 
     def _warm_up(self) -> None:
         """Pay the library's one-time costs now: the first model would be charged for them, in time and bytes."""
@@ -153,11 +186,11 @@ class ArtifactLane:
                 f"The predictor {predictor} cannot load its sample ({described(error)})."
             ) from error
 
-    def _take(self, kind: int, model: int, number: int, payload: bytes) -> None:
+    def _take(self, kind: int, model: int, number: int, payload: memoryview) -> None:
         if kind == wire.BEGIN:
-            self._arriving[model] = self._announced(number, **json.loads(payload or "{}"))
+            self._arriving[model] = self._announced(number, **_facts_in(payload))
         elif kind == wire.OPEN:
-            self._open(model, number, **json.loads(payload))
+            self._open(model, number, **_facts_in(payload))
         elif kind == wire.UNLOAD:
             self._unload(model)
         elif kind == wire.MEASURE:
@@ -175,20 +208,28 @@ class ArtifactLane:
             self._fail(model, error.kind, str(error), error.facts)
 
     def _open(self, model: int, allowed: int, path: str, digest: str) -> None:
+        self._get_ready_to_hash()
         any_format = self._predictor is not XGBoostPredictor
         arriving = self._arriving[model] = _Arriving(allowed, digest, any_format=any_format, raw=True)
         with self._refusing(model):
             _read_copy(arriving, path)
-            self._proceed(model)
+
+    def _get_ready_to_hash(self) -> None:
+        if "hashlib" not in sys.modules:
+            _new_hash()
+            self._scales.disturb()  # what OpenSSL allocates, once, is no model's
 
     def _announced(self, allowed: int, digest: str | None = None, save: str | None = None) -> _Arriving:
+        if digest is not None:
+            self._get_ready_to_hash()
         return _Arriving(allowed, digest, save=save, any_format=self._predictor is not XGBoostPredictor)
 
     @staticmethod
-    def _advance(kind: int, arriving: _Arriving, number: int, payload: bytes) -> None:
+    def _advance(kind: int, arriving: _Arriving, number: int, payload: memoryview) -> None:
         if kind == wire.CHUNK:
             arriving.feed(payload)
         elif kind == wire.END:
+            arriving.rows = _rows_in(payload, number)
             arriving.finish()
         elif kind == wire.GRANT:
             arriving.grant(number)
@@ -202,35 +243,49 @@ class ArtifactLane:
             self._load(model, arriving.reader.finish())
 
     def _load(self, model: int, unpacked: Unpacked) -> None:
-        before, started = self._heap.in_use(), perf_counter()
-        self._send(wire.STARTED, model)
+        self._scales.begin(self._bytes_beside(model, unpacked))
+        started = perf_counter()
+        self._box.parsing = model
         parsed = self._parse(model, unpacked)
         if parsed is None:
             self._heap.trim()  # what the parser had taken is free only now: its error's traceback held it
-            return
-        predictor, facts = parsed
-        seconds = perf_counter() - started
-        measured = self._heap.in_use() - before
-        if self._predictor is XGBoostPredictor or measured <= 0:
-            measured = _plausible(measured, len(unpacked.data))
-        size = measured
-        save = self._arriving.pop(model).save
-        self._models[model] = LoadedModel(predictor, size)
+        else:
+            self._settle(model, unpacked, parsed, perf_counter() - started)
+        self._box.parsing = 0
+        if parsed is not None:
+            self._end_load(model, unpacked, parsed.predictor)
+
+    def _settle(self, model: int, unpacked: Unpacked, parsed: _Parsed, seconds: float) -> None:
+        """Weigh what was loaded, and report it; it may be asked from then on."""
+        size = self._scales.end()
+        if self._predictor is XGBoostPredictor or size <= 0:
+            size = _plausible(size, len(unpacked.data))
+        self._models[model] = LoadedModel(parsed.predictor, size)
         self._held += size
-        self._send(wire.LOADED, model, size, {"seconds": seconds, **facts})
+        self._most_held = max(self._held, self._most_held)
+        answer = parsed.answer
+        frames = _frame(wire.ANSWER, model, answer.ndim, len(answer), answer.tobytes()) if answer is not None else b""
+        self._sock.sendall(frames + _report(wire.LOADED, model, size, {"seconds": seconds, **parsed.facts}))
+
+    def _end_load(self, model: int, unpacked: Unpacked, predictor: Predictor) -> None:
+        save = self._arriving.pop(model).save
         if save is not None:
             self._save(model, predictor, unpacked, Path(save))
-        if len(unpacked.data) >= _LARGE:
-            self._give_back(len(unpacked.data))
+        self._parsed = max(self._parsed, _PARSED[unpacked.format] * len(unpacked.data))
 
-    def _parse(self, model: int, unpacked: Unpacked) -> tuple[Predictor, dict[str, Any]] | None:
-        """Return the model and what it says of itself, None if the load has failed."""
+    def _bytes_beside(self, model: int, unpacked: Unpacked) -> int | None:
+        """Return the bytes that are held for this load alone; None if that is not known."""
+        others = any(arriving.holds_bytes for number, arriving in self._arriving.items() if number != model)
+        is_alone = unpacked.container == "raw" and not others and self._predictor is XGBoostPredictor
+        return sys.getsizeof(unpacked.data) if is_alone else None
+
+    def _parse(self, model: int, unpacked: Unpacked) -> _Parsed | None:
+        """Return the model, what it says of itself and to the first call, None if the load has failed."""
         # What another library may need, nobody knows.
         most = most_bytes(len(unpacked.data), self._threads) if self._predictor is XGBoostPredictor else None
         try:
             with growing_by(most):
-                predictor = self._predictor.load(memoryview(unpacked.data), threads=self._threads)
-                return predictor, _facts(predictor, unpacked)
+                return self._read(memoryview(unpacked.data), self._arriving[model].rows, unpacked)
         except PredictorFaultError as error:
             self._fail(model, "fault", str(error))
         except Exception as error:  # noqa: BLE001 - whatever a predictor raises says what is wrong with the bytes
@@ -239,6 +294,13 @@ class ArtifactLane:
             else:
                 self._fail(model, "corrupt", str(error) or no_message(error))
         return None
+
+    def _read(self, data: memoryview, rows: Matrix | None, unpacked: Unpacked) -> _Parsed:
+        if self._predictor is XGBoostPredictor:
+            xgboost, answer = XGBoostPredictor.load_for(data, rows, threads=self._threads)
+            return _Parsed(xgboost, _facts(xgboost, unpacked), answer)
+        predictor = self._predictor.load(data, threads=self._threads)  # which is to predict in the main thread alone
+        return _Parsed(predictor, _facts(predictor, unpacked), None)
 
     def _save(self, model: int, predictor: Predictor, unpacked: Unpacked, path: Path) -> None:
         """Write the model as it loads fastest: UBJSON, unpacked; of another predictor, the bytes that it took.
@@ -253,6 +315,7 @@ class ArtifactLane:
         except (OSError, ValueError) as error:
             self._send(wire.SAVED, model, 0, {"error": str(error)})
         else:
+            self._get_ready_to_hash()
             found = _new_hash()
             found.update(data)
             self._send(wire.SAVED, model, len(data), {"digest": found.hexdigest()})
@@ -263,32 +326,68 @@ class ArtifactLane:
         if loaded is not None:
             _run_in_thread_of_its_own(loaded.free)
             self._held -= loaded.size
-            self._give_back(loaded.size)
+            self._scales.disturb()
         self._send(wire.UNLOADED, model)
 
     def _fail(self, model: int, kind: str, message: str, facts: dict[str, Any] | None = None) -> None:
         del self._arriving[model]
         self._send(wire.FAILED, model, 0, {"kind": kind, "message": message, "facts": facts or {}})
 
-    def _give_back(self, freed: int) -> None:
-        self._freed += freed
-        if self._freed >= max(_TRIM_AFTER, self._held * _TRIM_SHARE):
-            self._heap.trim()
-            self._freed = 0
+    # What can wait until there is nothing else to do
+
+    def _has_chores(self) -> bool:
+        return self._free() >= self._may_stay_free() or (self._scales.is_disturbed and not self._arriving)
+
+    def _do_chores(self) -> None:
+        if self._free() >= self._may_stay_free():
+            self._trim()
+        if not self._arriving:
+            self._scales.come_to_rest()
+
+    def _free(self) -> int:
+        """Return the bytes that the allocator has free, about: those of models that left, and what parsing took."""
+        return self._most_held - self._held + self._parsed
+
+    def _may_stay_free(self) -> float:
+        return max(_TRIM_AFTER, self._held * _TRIM_SHARE)
+
+    def _trim(self) -> None:
+        self._heap.trim()
+        self._most_held, self._parsed = self._held, 0
 
     def _send(self, kind: int, model: int, number: int = 0, facts: dict[str, Any] | None = None) -> None:
-        payload = json.dumps(facts).encode() if facts is not None else b""
-        self._sock.sendall(wire.ARTIFACT.pack(len(payload), kind, 0, 0, model, number) + payload)
+        self._sock.sendall(_report(kind, model, number, facts))
+
+
+def _report(kind: int, model: int, number: int, facts: dict[str, Any] | None) -> bytes:
+    return _frame(kind, model, 0, number, json.dumps(facts).encode() if facts is not None else b"")
+
+
+def _frame(kind: int, model: int, dimensions: int, number: int, payload: bytes) -> bytes:
+    return wire.ARTIFACT.pack(len(payload), kind, dimensions, 0, model, number) + payload
+
+
+def _facts_in(payload: memoryview) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads(bytes(payload)) if payload else {}
+    return facts
+
+
+def _rows_in(payload: memoryview, count: int) -> Matrix | None:
+    return np.frombuffer(bytes(payload), np.float32).reshape(count, -1) if count else None
 
 
 def _read_copy(arriving: _Arriving, path: str) -> None:
     try:
-        with Path(path).open("rb") as file:
-            while chunk := file.read(_CHUNK):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            left = os.fstat(descriptor).st_size
+            while chunk := os.read(descriptor, min(max(left, 1), _CHUNK)):
                 arriving.feed(chunk)
+                left -= len(chunk)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise ArtifactError("corrupt", f"the copy cannot be read: {error}") from error
-    arriving.finish()
 
 
 def _write_new(path: Path, data: bytes | bytearray) -> None:

@@ -7,16 +7,18 @@ already waiting is seen before the next prediction starts.
 
 from __future__ import annotations
 
-import socket
 from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from modelcache.pool import wire
+from modelcache.worker.inbox import Inbox
 from modelcache.worker.predictors import PredictorFaultError, StagedRows, described, interface_of, no_message
 
 if TYPE_CHECKING:
+    import socket
+
     from modelcache.worker.models import LoadedModel, Models
     from modelcache.worker.predictors import Matrix
 
@@ -52,7 +54,7 @@ class RequestLane:
     """Serve predictions from ``sock`` with ``models`` until the parent closes the other end."""
 
     def __init__(self, sock: socket.socket, models: Models) -> None:
-        self._inbox = _Inbox(sock)
+        self._inbox = Inbox(sock, wire.REQUEST)
         self._sock = sock
         self._models = models
         self._staging = _Staging(wire.PAYLOAD_LIMIT // 4)
@@ -217,50 +219,3 @@ class _Staging:
         self._floats = np.empty(capacity, np.float32)
         self._bytes = self._floats.data.cast("B")
         self._views: dict[tuple[int, int], StagedRows] = {}
-
-
-class _Inbox:
-    """Bytes received and not yet taken apart."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self._start = self._end = 0
-        self._view = memoryview(bytearray(wire.PAYLOAD_LIMIT + (256 << 10)))
-        self._wanted = wire.REQUEST.size
-
-    def fill(self, *, wait: bool) -> bool:
-        """Receive what is there, waiting for the first byte if asked to; False at end of file."""
-        self._make_room()
-        try:
-            flags = 0 if wait else socket.MSG_DONTWAIT
-            received = self._sock.recv_into(self._view[self._end :], 0, flags)
-        except BlockingIOError:
-            return True
-        self._end += received
-        return received > 0
-
-    def frames(self) -> list[tuple[tuple[int, ...], memoryview]]:
-        """Return the complete frames; their payloads are valid until the next ``fill``."""
-        header_size, unpack = wire.REQUEST.size, wire.REQUEST.unpack_from
-        found, start, end, view = [], self._start, self._end, self._view
-        self._wanted = header_size
-        while end - start >= header_size:
-            header = unpack(view, start)
-            after = start + header_size + header[0]
-            if after > end:
-                self._wanted = after - start
-                break
-            found.append((header, view[start + header_size : after]))
-            start = after
-        self._start = start
-        return found
-
-    def _make_room(self) -> None:
-        """Move an incomplete frame to the front when the rest of it would not fit behind."""
-        if self._start == self._end:
-            self._start = self._end = 0
-        elif self._start + self._wanted > len(self._view):
-            rest = self._view[self._start : self._end]
-            target = memoryview(bytearray(max(self._wanted, len(self._view))))
-            target[: len(rest)] = rest
-            self._view, self._start, self._end = target, 0, len(rest)

@@ -12,6 +12,8 @@ import ctypes
 import importlib
 import importlib.util
 import json
+import threading
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -106,24 +108,24 @@ class XGBoostPredictor:
     def __init__(self, handle: ctypes.c_void_p) -> None:
         self._handle = handle
         self._predict_dense = _library().XGBoosterPredictFromDense
-        self._shape = ctypes.POINTER(ctypes.c_uint64)()
-        self._dimensions = ctypes.c_uint64()
-        self._result = ctypes.c_void_p()
-        # Made once: without one, each call makes its own, and reads the CPU quota from the file system as it does so.
-        self._proxy = ctypes.c_void_p()
-        _check(_library().XGProxyDMatrixCreate(ctypes.byref(self._proxy)))
-        self._into = tuple(map(ctypes.byref, (self._shape, self._dimensions, self._result)))
         self._rows_at_once: dict[str, int] = {}
 
     @classmethod
     def load(cls, data: memoryview, *, threads: int) -> Self:
         """Return the model in ``data`` (UBJSON or JSON), configured and tried on one row."""
+        return cls.load_for(data, None, threads=threads)[0]
+
+    @classmethod
+    def load_for(cls, data: memoryview, rows: Matrix | None, *, threads: int) -> tuple[Self, Matrix | None]:
+        """Return the model in ``data`` and what it predicts for ``rows``; None if it does not take them."""
         self = cls(_new_booster(threads))
         buffer = np.frombuffer(data, np.uint8)
         _check(_library().XGBoosterLoadModelFromBuffer(self._handle, buffer.ctypes.data, len(buffer)))
         self._read_facts()
         self._choose_path()
-        return self
+        answer = self._try_on(rows) if rows is not None and rows.shape[1] == self.n_features else None
+        self._note_shape(answer if answer is not None else self.predict(self._missing_row(), "value"))
+        return self, answer
 
     @classmethod
     def sample(cls) -> bytes:
@@ -153,17 +155,15 @@ class XGBoostPredictor:
         return np.concatenate([self._predict_at_once(rows[start : start + most], output) for start in starts])
 
     def _predict_at_once(self, rows: Matrix, output: str) -> Matrix:
-        if self._dense and output in self._dense:
+        results = _results()
+        if output in self._dense:
             staged = getattr(rows, "interface", None) or interface_of(rows)
-            config = self._dense[output]
-            _check(self._predict_dense(self._handle, staged, config, self._proxy, *self._into))
+            _check(self._predict_dense(self._handle, staged, self._dense[output], results.proxy, *results.into))
         else:
-            self._predict_from_dmatrix(rows, output)
-        shape = self._shape[: self._dimensions.value]
-        return np.frombuffer(ctypes.string_at(self._result, 4 * int(np.prod(shape))), np.float32).reshape(shape)
+            self._predict_from_dmatrix(rows, output, results)
+        return results.taken()
 
     def __del__(self) -> None:
-        _library().XGDMatrixFree(self._proxy)
         _library().XGBoosterFree(self._handle)
 
     def _read_facts(self) -> None:
@@ -185,7 +185,18 @@ class XGBoostPredictor:
         # the trees in another order, which changes the last bit.
         fast = ("value", "margin") if self.booster == "gbtree" else ()
         self._dense = {output: self._configs[output] for output in fast}
-        trial = self.predict(np.full((1, self.n_features), np.nan, np.float32), "value")
+
+    def _try_on(self, rows: Matrix) -> Matrix | None:
+        try:
+            return self.predict(rows, "value")
+        except ValueError:
+            return None  # whoever asks for them again is told why
+
+    def _missing_row(self) -> Matrix:
+        return np.full((1, self.n_features), np.nan, np.float32)
+
+    def _note_shape(self, trial: Matrix) -> None:
+        """Learn from a first prediction what comes out."""
         self.n_outputs = int(np.prod(trial.shape[1:]))
         widths = {"leaf": self.n_trees, "contribs": self.n_outputs * (self.n_features + 1)}
         self._rows_at_once = {
@@ -193,15 +204,50 @@ class XGBoostPredictor:
             for output in _PREDICTION_TYPES
         }
 
-    def _predict_from_dmatrix(self, rows: Matrix, output: str) -> None:
+    def _predict_from_dmatrix(self, rows: Matrix, output: str, results: _Results) -> None:
         library, matrix = _library(), ctypes.c_void_p()
         how = b'{"missing":NaN,"nthread":1}'
         _check(library.XGDMatrixCreateFromDense(interface_of(rows), how, ctypes.byref(matrix)))
         try:
             config = self._configs[output]
-            _check(library.XGBoosterPredictFromDMatrix(self._handle, matrix, config, *self._into))
+            _check(library.XGBoosterPredictFromDMatrix(self._handle, matrix, config, *results.into))
         finally:
             library.XGDMatrixFree(matrix)
+
+
+class _Results:
+    """Where the library puts what it predicts for one thread; the proxy is its handle to the rows.
+
+    Made once for each thread: without a proxy, each call makes its own, and reads the CPU quota from the file system as
+    it does so. It belongs to no model, and all it remembers is where the last rows were.
+    """
+
+    def __init__(self) -> None:
+        self.proxy = ctypes.c_void_p()
+        _check(_library().XGProxyDMatrixCreate(ctypes.byref(self.proxy)))
+        self._shape = ctypes.POINTER(ctypes.c_uint64)()
+        self._dimensions = ctypes.c_uint64()
+        self._values = ctypes.c_void_p()
+        self.into = tuple(map(ctypes.byref, (self._shape, self._dimensions, self._values)))
+
+    def taken(self) -> Matrix:
+        """Return a copy of the last prediction: the library's own is overwritten by the next."""
+        shape = self._shape[: self._dimensions.value]
+        return np.frombuffer(ctypes.string_at(self._values, 4 * prod(shape)), np.float32).reshape(shape)
+
+    def __del__(self) -> None:
+        _library().XGDMatrixFree(self.proxy)
+
+
+_of_thread = threading.local()
+
+
+def _results() -> _Results:
+    try:
+        found: _Results = _of_thread.results
+    except AttributeError:
+        found = _of_thread.results = _Results()
+    return found
 
 
 _WARM_UP_ROUNDS = 20

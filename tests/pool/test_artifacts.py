@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from lanes import FakeTransport
 from modelcache.pool import wire
 from modelcache.pool.artifacts import ArtifactChannel
+from modelcache.pool.blackbox import BlackBox, shared_memory
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -19,11 +21,14 @@ if TYPE_CHECKING:
 @pytest.fixture
 async def channel() -> AsyncIterator[ArtifactChannel]:
     """A lane whose worker is played by the test."""
-    transport = FakeTransport()
-    channel = ArtifactChannel(lambda: None, hello=lambda _: None, unloaded=lambda _: None)
+    transport, memory = FakeTransport(), shared_memory()
+    box = BlackBox(memory)
+    os.close(memory)
+    channel = ArtifactChannel(lambda: None, box, hello=lambda _: None, unloaded=lambda _: None)
     channel.connection_made(transport)
     yield channel
     transport.close()
+    box.close()
 
 
 def report(kind: int, model: int, number: int) -> bytes:

@@ -286,10 +286,18 @@ def test_a_loaded_model_says_what_it_is(xgboost_worker: LoneWorker) -> None:
     }
 
 
-def test_the_parser_announces_itself(xgboost_worker: LoneWorker) -> None:
-    """STARTED precedes the parser, so that a crash in it has a culprit."""
-    xgboost_worker.send_artifact(21, zoo.model().ubj)
-    assert [xgboost_worker.report().kind for _ in range(2)] == [wire.STARTED, wire.LOADED]
+def test_the_black_box_tells_what_the_parser_is_at(odd_worker: LoneWorker, tmp_path: Path) -> None:
+    """A crash in the parser has a culprit (A3), and one before or after it has none."""
+    gate = odd.Gate(tmp_path / "gate")
+    assert odd_worker.box.parsing == 0
+    odd_worker.send_artifact(21, odd.artifact(on_load="wait", gate=gate.path))
+    gate.wait_for_worker()
+    assert odd_worker.box.parsing == 21
+    gate.open()
+    assert odd_worker.report().kind == wire.LOADED
+    odd_worker.command(wire.MEASURE, 0)
+    assert odd_worker.report().kind == wire.HEAP
+    assert odd_worker.box.parsing == 0
 
 
 def test_artifacts_that_arrive_interleaved_are_kept_apart(xgboost_worker: LoneWorker) -> None:
@@ -302,10 +310,8 @@ def test_artifacts_that_arrive_interleaved_are_kept_apart(xgboost_worker: LoneWo
         xgboost_worker.command(wire.CHUNK, number, 0, part)
     for number in (23, 22):
         xgboost_worker.command(wire.END, number)
-    reports = [xgboost_worker.report() for _ in range(4)]
-    assert [(report.kind, report.model) for report in reports] == [
-        (wire.STARTED, 23), (wire.LOADED, 23), (wire.STARTED, 22), (wire.LOADED, 22),
-    ]  # fmt: skip
+    reports = [xgboost_worker.report() for _ in range(2)]
+    assert [(report.kind, report.model) for report in reports] == [(wire.LOADED, 23), (wire.LOADED, 22)]
     assert np.array_equal(xgboost_worker.values(1, 22, rows), one.expected(rows))
     assert np.array_equal(xgboost_worker.values(2, 23, rows), two.expected(rows))
 
@@ -354,7 +360,7 @@ def test_an_artifact_beyond_its_reservation_waits_for_a_grant(xgboost_worker: Lo
     xgboost_worker.command(wire.MEASURE, 0)
     assert xgboost_worker.report().kind == wire.HEAP, "nothing happens before the grant"
     xgboost_worker.command(wire.GRANT, 28, len(model.ubj))
-    assert [xgboost_worker.report().kind for _ in range(2)] == [wire.STARTED, wire.LOADED]
+    assert xgboost_worker.report().kind == wire.LOADED
 
 
 def test_an_archive_announces_its_size_with_its_first_chunk(xgboost_worker: LoneWorker) -> None:
@@ -378,7 +384,7 @@ def test_a_grant_that_is_too_small_is_asked_for_again(xgboost_worker: LoneWorker
     xgboost_worker.command(wire.MEASURE, 0)
     assert xgboost_worker.report().kind == wire.HEAP
     xgboost_worker.command(wire.GRANT, 30, len(model.json))
-    assert [xgboost_worker.report().kind for _ in range(2)] == [wire.STARTED, wire.LOADED]
+    assert xgboost_worker.report().kind == wire.LOADED
 
 
 def test_an_artifact_that_may_go_on_growing_says_what_it_has_and_asks_for_more(xgboost_worker: LoneWorker) -> None:
@@ -393,7 +399,7 @@ def test_an_artifact_that_may_go_on_growing_says_what_it_has_and_asks_for_more(x
     assert xgboost_worker.report()[:3] == (wire.NEED, 34, len(data))
     xgboost_worker.command(wire.END, 34)
     xgboost_worker.command(wire.GRANT, 34, len(data))
-    assert [xgboost_worker.report().kind for _ in range(2)] == [wire.STARTED, wire.LOADED]
+    assert xgboost_worker.report().kind == wire.LOADED
 
 
 @pytest.mark.parametrize("kind", ["regression", "multiclass", "stopped", "linear", "dart"])
@@ -407,10 +413,9 @@ def test_a_model_is_saved_in_the_form_that_loads_fastest(
     xgboost_worker.command(wire.BEGIN, 35, 1 << 30, json.dumps({"save": str(path)}).encode())
     xgboost_worker.command(wire.CHUNK, 35, 0, data)
     xgboost_worker.command(wire.END, 35)
-    kinds = [xgboost_worker.report().kind for _ in range(2)]
+    assert xgboost_worker.report().kind == wire.LOADED
     saved = xgboost_worker.report()
     copy = path.read_bytes()
-    assert kinds == [wire.STARTED, wire.LOADED]
     assert (saved.kind, saved.number) == (wire.SAVED, len(copy))
     digest = hashlib.sha256(copy).hexdigest()
     assert saved.facts == {"digest": digest}
@@ -418,9 +423,10 @@ def test_a_model_is_saved_in_the_form_that_loads_fastest(
     assert form == "json" or copy == model.ubj
     facts = {"path": str(path), "digest": digest}
     xgboost_worker.command(wire.OPEN, 36, 1 << 30, json.dumps(facts).encode())
-    reports = [xgboost_worker.report() for _ in range(2)]
-    assert [report.kind for report in reports] == [wire.STARTED, wire.LOADED]
-    assert (reports[1].facts["format"], reports[1].facts["container"]) == ("ubj", "raw")
+    xgboost_worker.command(wire.END, 36)
+    report = xgboost_worker.report()
+    assert report.kind == wire.LOADED
+    assert (report.facts["format"], report.facts["container"]) == ("ubj", "raw")
     rows = zoo.rows(5)
     first, second = (xgboost_worker.values(1, number, rows) for number in (35, 36))
     assert np.array_equal(first, second)
@@ -437,12 +443,50 @@ def test_a_model_that_cannot_be_saved_serves_all_the_same(xgboost_worker: LoneWo
         xgboost_worker.command(wire.BEGIN, 37, 1 << 30, json.dumps({"save": str(path)}).encode())
         xgboost_worker.command(wire.CHUNK, 37, 0, zoo.model().ubj)
         xgboost_worker.command(wire.END, 37)
-        reports = [xgboost_worker.report() for _ in range(3)]
-        assert [report.kind for report in reports] == [wire.STARTED, wire.LOADED, wire.SAVED]
-        assert str(path) in reports[2].facts["error"]
+        reports = [xgboost_worker.report() for _ in range(2)]
+        assert [report.kind for report in reports] == [wire.LOADED, wire.SAVED]
+        assert str(path) in reports[1].facts["error"]
         xgboost_worker.command(wire.UNLOAD, 37)
         assert xgboost_worker.report().kind == wire.UNLOADED
     assert taken.read_bytes() == b"another's"
+
+
+@pytest.mark.parametrize("kind", ["regression", "multiclass", "stopped", "linear", "dart"])
+@pytest.mark.parametrize("count", [1, 7])
+def test_rows_that_come_with_an_artifact_are_answered_with_it(
+    xgboost_worker: LoneWorker, kind: str, count: int
+) -> None:
+    """A5: the first call's answer, of whatever shape, is bit-equal to that of any other, and comes before LOADED."""
+    model, rows = zoo.model(kind), zoo.rows(count)
+    xgboost_worker.command(wire.BEGIN, 50, 1 << 30)
+    xgboost_worker.command(wire.CHUNK, 50, 0, model.ubj)
+    xgboost_worker.command(wire.END, 50, count, rows.astype(np.float32).tobytes())
+    answer = xgboost_worker.answer()
+    assert xgboost_worker.report().kind == wire.LOADED
+    later = xgboost_worker.values(1, 50, rows)
+    assert answer.shape == later.shape
+    assert np.array_equal(answer, later)
+    xgboost_worker.command(wire.UNLOAD, 50)
+    assert xgboost_worker.report().kind == wire.UNLOADED
+
+
+@pytest.mark.parametrize("columns", [1, 5, 7])
+def test_rows_that_do_not_fit_are_no_fault_of_the_artifact(xgboost_worker: LoneWorker, columns: int) -> None:
+    """The model loads, and who asks it then is told what is wrong with the rows."""
+    xgboost_worker.command(wire.BEGIN, 51, 1 << 30)
+    xgboost_worker.command(wire.CHUNK, 51, 0, zoo.model().ubj)
+    xgboost_worker.command(wire.END, 51, 2, np.zeros((2, columns), np.float32).tobytes())
+    assert xgboost_worker.report().kind == wire.LOADED
+    xgboost_worker.command(wire.UNLOAD, 51)
+    assert xgboost_worker.report().kind == wire.UNLOADED
+
+
+def test_another_predictor_is_not_asked_in_the_thread_that_loads(odd_worker: LoneWorker) -> None:
+    """Predictors are promised that the main thread alone asks them."""
+    odd_worker.command(wire.BEGIN, 52, 1 << 30)
+    odd_worker.command(wire.CHUNK, 52, 0, odd.artifact())
+    odd_worker.command(wire.END, 52, 1, np.zeros((1, 2), np.float32).tobytes())
+    assert odd_worker.report().kind == wire.LOADED
 
 
 def test_a_damaged_copy_is_refused_before_it_is_parsed(xgboost_worker: LoneWorker, tmp_path: Path) -> None:
@@ -453,6 +497,7 @@ def test_a_damaged_copy_is_refused_before_it_is_parsed(xgboost_worker: LoneWorke
     path.write_bytes(data)
     for number, facts in enumerate(({"path": str(path)}, {"path": str(tmp_path / "gone")}), 38):
         xgboost_worker.command(wire.OPEN, number, 1 << 30, json.dumps(facts | {"digest": digest}).encode())
+        xgboost_worker.command(wire.END, number)
         report = xgboost_worker.report()
         assert (report.kind, report.facts["kind"]) == (wire.FAILED, "corrupt")
 
@@ -465,7 +510,7 @@ def test_saving_leaves_no_bytes_in_the_worker(xgboost_worker: LoneWorker, tmp_pa
         xgboost_worker.command(wire.BEGIN, number, 1 << 30, json.dumps(facts).encode())
         xgboost_worker.command(wire.CHUNK, number, 0, data)
         xgboost_worker.command(wire.END, number)
-        assert [xgboost_worker.report().kind for _ in range(3)] == [wire.STARTED, wire.LOADED, wire.SAVED]
+        assert [xgboost_worker.report().kind for _ in range(2)] == [wire.LOADED, wire.SAVED]
         xgboost_worker.command(wire.UNLOAD, number)
         assert xgboost_worker.report().kind == wire.UNLOADED
         xgboost_worker.command(wire.MEASURE, 0)
@@ -503,7 +548,6 @@ def test_warm_calls_are_answered_while_an_artifact_loads(odd_worker: LoneWorker,
     gate = odd.Gate(tmp_path / "gate")
     odd_worker.load(1, odd.artifact())
     odd_worker.send_artifact(2, odd.artifact(on_load="wait", gate=gate.path))
-    assert odd_worker.report().kind == wire.STARTED
     gate.wait_for_worker()
     assert odd_worker.values(1, 1, [0, 21]).tolist() == [42]
     gate.open()
@@ -600,7 +644,7 @@ def test_a_worker_imports_neither_asyncio_nor_the_stores(odd_worker: LoneWorker)
     modules = told(odd_worker, "modules")
     assert "modelcache.worker.predictors" in modules
     ours = {name for name in modules if name.startswith("modelcache.") and not name.startswith("modelcache.worker")}
-    assert ours == {"modelcache.pool", "modelcache.pool.wire"}
+    assert ours == {"modelcache.pool", "modelcache.pool.wire", "modelcache.pool.blackbox"}
     assert not modules & HEAVY
 
 
@@ -615,8 +659,10 @@ def test_a_worker_predicts_without_xgboosts_python_layer() -> None:
 
 
 def test_a_worker_holds_no_descriptor_but_its_lanes(odd_worker: LoneWorker) -> None:
-    """Rule S4: 0, 1 and 2, and two sockets."""
+    """Rule S4: 0, 1 and 2, two sockets, and the memory of the black box."""
     descriptors = told(odd_worker, "descriptors")
     sockets = {name for name in descriptors if "socket:" in name}
     assert len(sockets) == 2
-    assert {name.split()[0] for name in descriptors - sockets} == {"0", "1", "2"}
+    box = {name for name in descriptors if "memfd:modelcache" in name}
+    assert len(box) == 1
+    assert {name.split()[0] for name in descriptors - sockets - box} == {"0", "1", "2"}
