@@ -107,6 +107,18 @@ async def open_s3() -> AsyncIterator[s3.Open]:
         yield make
 
 
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The pauses of botocore before it repeats a request: nobody waits for them."""
+    found: list[float] = []
+
+    async def pause(_: Any, seconds: float) -> None:
+        found.append(seconds)
+
+    monkeypatch.setattr("aiobotocore.endpoint.AioEndpoint._sleep", pause)
+    return found
+
+
 async def settle(times: int = 20) -> None:
     """Let everything that can run now run."""
     for _ in range(times):

@@ -1,4 +1,4 @@
-"""A client of one bucket. This module and s3_errors.py import boto, and are imported when a store is opened."""
+"""A client of one bucket. It and the modules s3_errors.py and s3_shortcut.py import boto, when a store is opened."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio.to_thread
 from aiobotocore.config import AioConfig
+from aiobotocore.credentials import AioCredentials
 from aiobotocore.session import AioSession
 from botocore import UNSIGNED
 from botocore.exceptions import NoCredentialsError
@@ -20,6 +21,7 @@ from botocore.exceptions import NoCredentialsError
 from modelcache import __version__
 from modelcache.errors import ArtifactChangedError, ModelNotFoundError, StoreUnavailableError
 from modelcache.stores.s3_errors import RAISED, TRANSIENT, code_of, explained, retry_after
+from modelcache.stores.s3_shortcut import Shortcut
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -77,8 +79,9 @@ class Answer:
 class S3Client:
     """Asks for the objects of one bucket; one for each store, as it keeps the connections."""
 
-    def __init__(self, client: Any, stack: AsyncExitStack, options: S3Options) -> None:
+    def __init__(self, client: Any, credentials: Any, stack: AsyncExitStack, options: S3Options) -> None:
         self._client = client
+        self._shortcut = Shortcut(client, options.bucket, credentials)
         self._pages = client.get_paginator("list_objects_v2")  # here, as it reads a file
         self._stack = stack
         self.options = options
@@ -87,19 +90,20 @@ class S3Client:
 
     async def get(self, key: str, name: str, *, unless: str | None) -> Answer | None:
         """Return the object, or None if its ETag is ``unless``."""
-        condition = {} if unless is None else {"IfNoneMatch": f'"{unless}"'}
         try:
-            response = await self._client.get_object(Bucket=self.options.bucket, Key=key, **condition)
+            found = await self._shortcut.get_object(key, None if unless is None else f'"{unless}"')
         except RAISED as error:
             if code_of(error) == "304":
                 return None
             raise explained(error, self.options, name) from error
-        headers = response["ResponseMetadata"]["HTTPHeaders"]
+        if found is None:
+            return None
+        headers, body = found
         digest, checksum = _announced(headers, name)
         return Answer(
-            key=key, name=name, etag=_etag(response), version_id=_version_id(response),
+            key=key, name=name, etag=_etag(headers), version_id=_version_id(headers),
             size=int(headers["content-length"]) if "content-length" in headers else None,
-            body=S3Body(response["Body"], self, name), digest=digest, checksum=checksum,
+            body=S3Body(body, self, name), digest=digest, checksum=checksum,
         )  # fmt: skip
 
     async def get_range(self, answer: Answer, start: int, stop: int | None) -> S3Body:
@@ -117,7 +121,7 @@ class S3Client:
             raise said from error
         body = S3Body(response["Body"], self, answer.name)
         try:
-            _check_range(response, answer, start, stop)
+            _check_range(response["ResponseMetadata"]["HTTPHeaders"], answer, start, stop)
         except BaseException:
             await body.aclose()
             raise
@@ -164,14 +168,22 @@ def _run_in_thread(options: S3Options) -> S3Client:
         # No date that S3 tells is used, and to parse one takes 70 us; those of credentials may be text.
         session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_as_it_is)
         client = await stack.enter_async_context(session.create_client("s3", **_arguments(options, session)))
-        if not (options.anonymous or options.access_key_id):
-            credentials = await session.get_credentials()
-            if credentials is None:
-                raise NoCredentialsError
-            await credentials.get_frozen_credentials()  # of a role: makes a client of its own, which takes as long
-        return S3Client(client, stack, options)
+        return S3Client(client, await _find_credentials(options, session), stack, options)
 
     return asyncio.run(make())
+
+
+async def _find_credentials(options: S3Options, session: AioSession) -> Any:
+    """Return those that the client signs with; None if there are none."""
+    if options.anonymous:
+        return None
+    if options.access_key_id and options.secret_access_key:
+        return AioCredentials(options.access_key_id, options.secret_access_key, options.session_token)
+    credentials = await session.get_credentials()
+    if credentials is None:
+        raise NoCredentialsError
+    await credentials.get_frozen_credentials()  # of a role: makes a client of its own, which takes as long
+    return credentials
 
 
 def _as_it_is(timestamp: Any) -> Any:
@@ -211,19 +223,19 @@ def _ask_for_checksum(params: dict[str, Any], **_: Any) -> None:
 # Versions
 
 
-def _etag(response: Mapping[str, Any]) -> str:
-    return str(response.get("ETag", "")).strip('"')
+def _etag(headers: Mapping[str, str]) -> str:
+    return headers.get("etag", "").strip('"')
 
 
-def _version_id(response: Mapping[str, Any]) -> str:
-    found = response.get("VersionId", "")
-    return "" if found == "null" else str(found)
+def _version_id(headers: Mapping[str, str]) -> str:
+    found = headers.get("x-amz-version-id", "")
+    return "" if found == "null" else found
 
 
-def _check_range(response: Mapping[str, Any], answer: Answer, start: int, stop: int | None) -> None:
-    if _etag(response) != answer.etag:  # there are servers that know no If-Match
+def _check_range(headers: Mapping[str, str], answer: Answer, start: int, stop: int | None) -> None:
+    if _etag(headers) != answer.etag:  # there are servers that know no If-Match
         raise _changed(answer)
-    if not str(response.get("ContentRange", "")).startswith(f"bytes {start}-{'' if stop is None else stop - 1}"):
+    if not headers.get("content-range", "").startswith(f"bytes {start}-{'' if stop is None else stop - 1}"):
         raise StoreUnavailableError(
             f"S3 was asked for the bytes from {start:,} on of {answer.name}, and delivers others.", model=answer.name
         )

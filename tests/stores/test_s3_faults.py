@@ -7,7 +7,6 @@ import gc
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from aiobotocore.endpoint import AioEndpoint
 
 import oracle
 from modelcache import Artifact, ArtifactChangedError, StoreUnavailableError
@@ -34,18 +33,6 @@ def bucket(rclone: s3.S3Server) -> str:
 
 
 @pytest.fixture
-def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The pauses of botocore before it repeats a request: nobody waits for them."""
-    found: list[float] = []
-
-    async def pause(_: Any, seconds: float) -> None:
-        found.append(seconds)
-
-    monkeypatch.setattr(AioEndpoint, "_sleep", pause)
-    return found
-
-
-@pytest.fixture
 async def proxy(rclone: s3.S3Server, pauses: list[float]) -> AsyncIterator[FaultProxy]:
     """Between a store and rclone. After the test, no connection, task or descriptor is left."""
     descriptors = oracle.open_descriptors()
@@ -57,12 +44,16 @@ async def proxy(rclone: s3.S3Server, pauses: list[float]) -> AsyncIterator[Fault
     oracle.check_no_tasks_left()
 
 
-@pytest.fixture
+@pytest.fixture(params=["first call", "later call"])
 async def store(
     request: pytest.FixtureRequest, proxy: FaultProxy, bucket: str, open_s3: s3.Open
 ) -> AsyncIterator[S3Store]:
+    """One that has asked for nothing, or has learnt how boto's client asks, and does so by itself."""
     stalls = "how" in request.fixturenames and request.node.callspec.params["how"] in ("stalls", "no answer")
     store = impatient(open_s3(proxy, bucket, read_timeout=0.3 if stalls else 20.0))
+    if request.param == "later call":
+        await read(await store.fetch("small.ubj"))
+        proxy.requests.clear()
     yield store
     await store.close()
 
