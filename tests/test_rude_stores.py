@@ -16,6 +16,8 @@ from conftest import settle
 from modelcache import (
     Artifact,
     CorruptArtifactError,
+    LoadTimeoutError,
+    MemoryStore,
     ModelCacheError,
     ModelLoaded,
     ModelRegistry,
@@ -25,7 +27,7 @@ from modelcache import (
 from modelcache.pool.pool import Worker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
 
     from conftest import MakeRegistry
     from modelcache import Event, NotModified
@@ -357,3 +359,27 @@ async def test_a_store_that_cannot_be_closed_is_closed_last(
     with pytest.raises(RegistryClosedError):
         await registry.load("good")
     assert complaints() == []
+
+
+async def test_a_store_that_never_says_it_is_done_keeps_nobody_waiting(make_registry: MakeRegistry) -> None:
+    """P3: it goes on to deliver nothing after the last byte, and never waits; others have their turn all the same."""
+    empty = turns = 0
+
+    async def chunks() -> AsyncIterator[bytes]:
+        nonlocal empty
+        yield MODEL.ubj
+        while True:
+            empty += 1
+            yield b""
+
+    class Endless(MemoryStore):
+        async def fetch(self, name: str, *, if_version: str | None = None) -> Artifact | NotModified:
+            return Artifact(version="1", size=len(MODEL.ubj), suffix=".ubj", chunks=chunks())
+
+    registry = await make_registry(Endless({}), load_timeout=0.5)
+    endless = asyncio.create_task(registry.predict("m", ROWS))
+    while not endless.done():
+        turns += 1
+        await asyncio.sleep(0)
+    assert isinstance(endless.exception(), LoadTimeoutError)
+    assert 1 < empty <= turns

@@ -111,7 +111,7 @@ class Loading:
         """
         view = memoryview(chunk)
         for start in range(0, max(len(view), 1), wire.PAYLOAD_LIMIT):
-            self._send(_frame(wire.CHUNK, self.model, 0, bytes(view[start : start + wire.PAYLOAD_LIMIT])))
+            self._send(_frame(wire.CHUNK, self.model, 0, view[start : start + wire.PAYLOAD_LIMIT]))
             await self._channel.writable()
             await asyncio.sleep(0)
 
@@ -122,7 +122,7 @@ class Loading:
         """
         chunk = _frame(wire.CHUNK, self.model, 0, last) if last else b""
         count, cells = (len(rows), rows.tobytes()) if rows is not None else (0, b"")
-        self._send(chunk + _frame(wire.END, self.model, count, cells))
+        self._send(chunk, _frame(wire.END, self.model, count, cells))
 
     def grant(self, allowed: int) -> None:
         """Answer ``needed``: the reservation covers ``allowed`` unpacked bytes now."""
@@ -130,9 +130,9 @@ class Loading:
             self.needed = 0
         self._send(_frame(wire.GRANT, self.model, allowed))
 
-    def _send(self, frames: bytes) -> None:
+    def _send(self, *frames: bytes) -> None:
         head, self._head = self._head, b""
-        self._channel.send(head + frames)
+        self._channel.send(b"".join((head, *frames)))
 
     async def news(self) -> None:
         """Wait until it is decided or more bytes are needed."""
@@ -263,5 +263,5 @@ class ArtifactChannel(Channel):
         loading.tell()
 
 
-def _frame(kind: int, model: int, number: int = 0, payload: bytes = b"") -> bytes:
-    return wire.ARTIFACT.pack(len(payload), kind, 0, 0, model, number) + payload
+def _frame(kind: int, model: int, number: int = 0, payload: bytes | memoryview = b"") -> bytes:
+    return b"".join((wire.ARTIFACT.pack(len(payload), kind, 0, 0, model, number), payload))

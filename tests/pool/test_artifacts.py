@@ -19,16 +19,35 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-async def channel() -> AsyncIterator[ArtifactChannel]:
+async def transport() -> AsyncIterator[FakeTransport]:
+    transport = FakeTransport()
+    yield transport
+    transport.close()
+
+
+@pytest.fixture
+async def channel(transport: FakeTransport) -> AsyncIterator[ArtifactChannel]:
     """A lane whose worker is played by the test."""
-    transport, memory = FakeTransport(), shared_memory()
+    memory = shared_memory()
     box = BlackBox(memory)
     os.close(memory)
     channel = ArtifactChannel(lambda: None, box, hello=lambda _: None, unloaded=lambda _: None)
     channel.connection_made(transport)
     yield channel
-    transport.close()
     box.close()
+
+
+def sent(transport: FakeTransport) -> list[list[int]]:
+    """Return the kinds of the frames of each write."""
+    found: list[list[int]] = []
+    for data in transport.writes:
+        start, kinds = 0, []
+        while start < len(data):
+            length, kind, *_ = wire.ARTIFACT.unpack_from(data, start)
+            kinds.append(kind)
+            start += wire.ARTIFACT.size + length
+        found.append(kinds)
+    return found
 
 
 def report(kind: int, model: int, number: int) -> bytes:
@@ -48,3 +67,21 @@ async def test_a_need_that_has_grown_is_not_met_by_a_smaller_grant(channel: Arti
         await loading.news()
     loading.grant(40)
     assert loading.needed == 0
+
+
+async def test_an_artifact_in_one_piece_is_one_write(channel: ArtifactChannel, transport: FakeTransport) -> None:
+    """The worker is woken up once, when there is something to do, and not for the announcement before."""
+    loading = channel.begin(7, 10)
+    await asyncio.sleep(0)
+    assert sent(transport) == []
+    loading.finish(b"model")
+    assert sent(transport) == [[wire.BEGIN, wire.CHUNK, wire.END]]
+
+
+async def test_each_piece_of_a_longer_one_leaves_at_once(channel: ArtifactChannel, transport: FakeTransport) -> None:
+    """The worker unpacks while the rest is on its way, and the last piece takes the end along."""
+    loading = channel.begin(7, 10)
+    await loading.feed(b"mo")
+    assert sent(transport) == [[wire.BEGIN, wire.CHUNK]]
+    loading.finish(b"del")
+    assert sent(transport)[1:] == [[wire.CHUNK, wire.END]]
