@@ -24,11 +24,12 @@ from urllib.parse import quote, urlsplit
 
 from aiobotocore.response import StreamingBody
 from botocore.awsrequest import AWSPreparedRequest
-from botocore.exceptions import BotoCoreError
+from botocore.exceptions import BotoCoreError, ClientError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+_MESSAGE = re.compile(rb"<Message>([^<&]*)</Message>")
 _EVENT = "s3.GetObject"
 _KEPT = frozenset({"user-agent", "x-amz-checksum-mode", "x-amz-content-sha256"})
 """Headers that all requests have alike."""
@@ -76,6 +77,8 @@ class Shortcut:
         if outcome.status_code == HTTPStatus.NOT_MODIFIED and unless is not None:
             await outcome.content  # there is none, which makes the connection free for others
             return None
+        if outcome.status_code == HTTPStatus.NOT_FOUND:
+            _raise_if_no_such_key(outcome, await outcome.content)
         if outcome.status_code != HTTPStatus.OK:
             return await self._have_it_done(key, unless, outcome)
         # Retries are paid from an account, into which each call that went well pays.
@@ -111,6 +114,17 @@ class Shortcut:
 
     def _find_connections(self, *, endpoint: Any, **_: Any) -> None:
         self._connections = endpoint.http_session
+
+
+def _raise_if_no_such_key(answer: Any, said: bytes) -> None:
+    """Raise what boto's client would: a name without a suffix is looked for in vain at one key or two, each time."""
+    if b"<Code>NoSuchKey</Code>" in said:
+        message = _MESSAGE.search(said)
+        response: Any = {
+            "Error": {"Code": "NoSuchKey", "Message": message[1].decode() if message else ""},
+            "ResponseMetadata": {"HTTPStatusCode": answer.status_code, "HTTPHeaders": answer.headers},
+        }
+        raise ClientError(response, "GetObject")
 
 
 def _before_send(*, request: Any, **_: Any) -> Any:

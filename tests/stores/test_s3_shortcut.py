@@ -10,7 +10,15 @@ from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
-from modelcache import Artifact, NotModified, S3Store, StoreUnavailableError
+from modelcache import (
+    Artifact,
+    ModelNotFoundError,
+    NotModified,
+    S3Store,
+    StoreAccessDeniedError,
+    StoreError,
+    StoreUnavailableError,
+)
 from modelcache.stores.s3_shortcut import pattern_of
 from servers import s3
 from servers.fault_proxy import FaultProxy, answer, slow_down, stall
@@ -109,9 +117,31 @@ async def test_what_goes_wrong_is_botos_first_attempt(rclone: s3.S3Server, open_
     async with FaultProxy(rclone.url) as proxy:
         store = open_s3(proxy, bucket)
         await read(await store.fetch("a.ubj"))
-        with pytest.raises(LookupError):
-            await store.fetch("missing.ubj")
-        assert by_boto(proxy) == [True, False]
+        for status, code, kind in (
+            (403, "AccessDenied", StoreAccessDeniedError),
+            (404, "NoSuchBucket", StoreError),
+            (404, "", ModelNotFoundError),
+        ):
+            proxy.next(answer(status, f"<Error><Code>{code}</Code></Error>".encode()))
+            with pytest.raises(kind, match=f"{status} {code}"):
+                await store.fetch("a.ubj")
+        assert by_boto(proxy) == [True, False, False, False]
+
+
+async def test_what_is_not_there_is_said_in_the_same_words(server: s3.S3Server, open_s3: Open) -> None:
+    """By one request, whether boto's client makes it or not."""
+    bucket = s3.fill(server, {"a.ubj": b"one"})
+    async with FaultProxy(server.url) as proxy:
+        store, said = open_s3(proxy, bucket), []
+        for _ in range(2):
+            with pytest.raises(
+                ModelNotFoundError, match=r"no model 'b\.ubj': s3://.* answered 404 NoSuchKey"
+            ) as raised:
+                await store.fetch("b.ubj")
+            said.append(str(raised.value))
+            assert await read(await store.fetch("a.ubj")) == b"one"
+        assert by_boto(proxy) == [True, True, False, False]
+        assert said[0] == said[1]
 
 
 async def test_what_goes_well_pays_for_retries(rclone: s3.S3Server, open_s3: Open, pauses: list[float]) -> None:
