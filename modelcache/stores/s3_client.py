@@ -93,8 +93,6 @@ class S3Client:
         try:
             found = await self._shortcut.get_object(key, None if unless is None else f'"{unless}"')
         except RAISED as error:
-            if code_of(error) == "304":
-                return None
             raise explained(error, self.options, name) from error
         if found is None:
             return None

@@ -85,7 +85,7 @@ _NOT_THERE = frozenset({"NoSuchKey", "NoSuchVersion", "KeyTooLongError"})
 
 
 def code_of(error: Exception) -> str:
-    """Return the error code of S3, or "" if it has not answered; "304" is the code of "not modified"."""
+    """Return the error code of S3, or "" if it has not answered."""
     return str(error.response.get("Error", {}).get("Code", "")) if isinstance(error, ClientError) else ""
 
 

@@ -98,19 +98,23 @@ class Shortcut:
         except BotoCoreError as error:
             return error
 
-    async def _have_it_done(self, key: str, unless: str | None, first: Any) -> tuple[Mapping[str, str], Any]:
+    async def _have_it_done(self, key: str, unless: str | None, first: Any) -> tuple[Mapping[str, str], Any] | None:
         """Have boto's client make the call, whose first attempt had the outcome ``first`` unless that is None."""
         credentials = await self._credentials.get_frozen_credentials() if self._credentials else None
         call = _Call(first)
         token = _call.set(call)
         condition = {} if unless is None else {"IfNoneMatch": unless}
+        response = None
         try:
             response = await self._client.get_object(Bucket=self._bucket, Key=key, **condition)
+        except ClientError as error:
+            if unless is None or error.response["ResponseMetadata"]["HTTPStatusCode"] != HTTPStatus.NOT_MODIFIED:
+                raise
         finally:
             _call.reset(token)
         if call.sent is not None:
             self._pattern = pattern_of(call.sent, key, credentials)
-        return response["ResponseMetadata"]["HTTPHeaders"], response["Body"]
+        return (response["ResponseMetadata"]["HTTPHeaders"], response["Body"]) if response is not None else None
 
     def _find_connections(self, *, endpoint: Any, **_: Any) -> None:
         self._connections = endpoint.http_session

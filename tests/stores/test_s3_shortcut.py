@@ -65,6 +65,11 @@ async def test_boto_makes_the_first_request_alone(server: s3.S3Server, open_s3: 
         assert await store.fetch(keys[0], if_version=held.version) == NotModified(held.version)
         assert await read(await store.fetch(keys[1], if_version=held.version)) == keys[1].encode()
         assert by_boto(proxy) == [True, False, False, False, False]
+        revalidating = open_s3(proxy, f"{bucket}/fo+l der")
+        for _ in range(2):
+            assert await revalidating.fetch(keys[0], if_version=held.version) == NotModified(held.version)
+        assert await read(await revalidating.fetch(keys[1])) == keys[1].encode()
+        assert by_boto(proxy) == [True, False, False]
 
 
 async def test_an_anonymous_request_is_repeated_unsigned(moto: s3.S3Server) -> None:
