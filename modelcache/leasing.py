@@ -126,7 +126,13 @@ class Leasing:
         return boarding
 
     def _join(
-        self, name: str, *, fresh: bool = False, renews: Entry[Resident] | None = None, call: Call | None = None
+        self,
+        name: str,
+        *,
+        fresh: bool = False,
+        renews: Entry[Resident] | None = None,
+        wanted: bool = True,
+        call: Call | None = None,
     ) -> Boarding:
         waiter: asyncio.Future[Entry[Resident]] = asyncio.get_running_loop().create_future()
         flight, is_new = self._state.flights.join(name, waiter)
@@ -134,6 +140,7 @@ class Leasing:
         flight.renews = renews or flight.renews
         if call is not None and flight.call is None and call.may_go_ahead:
             flight.call = call
+        flight.wanted = flight.wanted or wanted
         if is_new:  # an eager task runs at once: it has to know all this by now
             self._loader.start(flight)
         return Boarding(flight, waiter)
@@ -157,12 +164,15 @@ class Leasing:
         table = self._state.ledger.table
         return next((table[key] for key in self.spellings(name) if key in table), None)
 
-    def _board_refresh(self, key: str, resident: Entry[Resident] | None) -> Boarding:
-        """Wait for what the store has of ``key`` now; a model that is resident serves on meanwhile."""
+    def _board_refresh(self, key: str, resident: Entry[Resident] | None, *, wanted: bool = True) -> Boarding:
+        """Wait for what the store has of ``key`` now; a model that is resident serves on meanwhile.
+
+        ``wanted``: also if it is resident no more by then.
+        """
         self._state.failures.forget(key)
         if resident is not None:
             resident.value.trusted_until = inf  # while it is being asked about
-        return self._join(key, fresh=True, renews=resident)
+        return self._join(key, fresh=True, renews=resident, wanted=wanted)
 
     def _revalidate(self, entry: Entry[Resident]) -> None:
         """Ask the store for a newer version in the background; this call, and those that come, have ``entry``."""
@@ -173,7 +183,7 @@ class Leasing:
             if waiter.exception() is None:
                 self.release(waiter.result())
 
-        self._board_refresh(entry.key, entry).waiter.add_done_callback(end)
+        self._board_refresh(entry.key, entry, wanted=False).waiter.add_done_callback(end)
 
     async def scout(self, name: str) -> Bounds:
         """Return what ``name`` takes, as far as the store's first bytes tell; raises what a load of it would."""

@@ -144,13 +144,13 @@ class Loader:
     def _fail(self, flight: Flight, error: ModelCacheError) -> None:
         if error.model is None:
             error.model = flight.key
+        self._state.flights.fail(flight, error)
         serves_on = self._state.not_renewed(flight, error)
         if (flight.listed or flight.scouts) and not serves_on and not isinstance(error, _NEVER_REMEMBERED):
             # A name that is not there yet may be about to be copied in: never wait long before looking again.
             doubling = not isinstance(error, ModelNotFoundError)
             self._state.failures.remember(flight.key, error, doubling=doubling)
         self._state.failed(flight.key, error, serves_on=serves_on)
-        self._state.flights.fail(flight, error)
 
     async def _bring(self, flight: Flight) -> Attempt | None:
         """Attempt the load until it is decided, within the load timeout; return what has landed a model, if any has."""

@@ -326,17 +326,19 @@ class ModelRegistry:
         await self.start()
         state = self._state
         keys = self._leasing.spellings(check_name(name))
-        loads = [flight.task for key in keys if (flight := state.flights.detach(key))]
+        flights = [flight for key in keys if (flight := state.flights.detach(key))]
+        for flight in flights:
+            state.give_up_renewal(flight)
         for key in keys:
             state.pinned.discard(key)
             state.failures.forget(key)
             state.retire(state.ledger.detach(key, "unload"))
-        if loads:
-            await asyncio.wait(loads)
+        if flights:
+            await asyncio.wait([flight.task for flight in flights])
         leaving = [state.left(entry) for entry in state.ledger.leaving if entry.key in keys]
         if leaving:
             await asyncio.wait(leaving)
-        return bool(loads or leaving)
+        return bool(flights or leaving)
 
     async def refresh(self, name: str) -> ModelInfo:
         """Ask the store for ``name`` now; if it has another version, load that beside the resident one, and swap.

@@ -187,6 +187,12 @@ class Residency:
         place.trusted_until = self.clock() + max(self._refresh_after, self._failure_ttl)
         return True
 
+    def give_up_renewal(self, flight: Flight) -> None:
+        """The version that ``flight`` renews leaves: nothing is to be loaded for the registry alone."""
+        if not flight.wanted:
+            self.flights.drop(flight)
+            flight.task.cancel()
+
     def retire(self, entries: Iterable[Entry[Any]]) -> None:
         """Order the bytes of ``entries`` to be freed, as the ledger has decided."""
         for entry in entries:
@@ -276,6 +282,9 @@ class Residency:
         idle = self.clock() - entry.last_used
         self.counters.evicted(entry.cause, idle, len(self.ledger.table))
         self.history.evicted(entry, idle, self.clock())
+        flight = self.flights.by_key.get(entry.key)
+        if flight is not None and flight.renews is entry and entry.displaced_by != entry.key:
+            self.give_up_renewal(flight)
         self.emit(ModelEvicted(entry.key, entry.value.version, entry.cause, entry.size))
 
     def left(self, entry: Entry[Any]) -> asyncio.Future[None]:

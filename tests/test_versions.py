@@ -64,6 +64,12 @@ async def freed(registry: ModelRegistry) -> None:
         await asyncio.sleep(0)
 
 
+async def kept(registry: ModelRegistry) -> None:
+    """Wait until all loads have ended, those included that nobody waits for any more."""
+    while registry._loader.tasks:
+        await asyncio.sleep(0)
+
+
 async def revalidated(registry: ModelRegistry) -> None:
     while registry._state.flights.airborne:
         await asyncio.sleep(0)
@@ -553,6 +559,192 @@ async def test_a_deletion_is_noticed_in_the_background(make_registry: MakeRegist
     await revalidated(registry)
     with pytest.raises(ModelNotFoundError):
         await registry.predict("m", ROWS)
+
+
+# In the background, of what leaves meanwhile
+
+
+class Stubborn(Upright):
+    """A store that delivers all the same when a fetch is cancelled."""
+
+    async def fetch(self, name: str, *, if_version: str | None = None) -> Artifact | NotModified:
+        try:
+            return await super().fetch(name, if_version=if_version)
+        except asyncio.CancelledError:
+            return await MemoryStore.fetch(self, name, if_version=if_version)
+
+
+async def asked_about(registry: ModelRegistry, store: Upright) -> None:
+    """Have a call start a revalidation of "m" that the store does not answer yet."""
+    store.shut("m")
+    fetches = len(store.fetches)
+    assert await answers(registry, OLD)
+    await store.fetched(fetches + 1)
+
+
+def evict(registry: ModelRegistry) -> None:
+    """Take what has no lease out of the memory, and let it come back."""
+    budget = registry.stats().budget
+    registry.resize(1)
+    registry.resize(budget)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+async def test_what_is_evicted_while_it_is_revalidated_is_not_loaded_again(
+    make_registry: MakeRegistry, changed: bool
+) -> None:
+    """L3: nobody waits for it, whether or not the store has a newer version: it would evict others in vain."""
+    store = Upright({"m.ubj": OLD.ubj})
+    registry = await make_registry(store, refresh_after=0)
+    await registry.load("m")
+    await asked_about(registry, store)
+    if changed:
+        store.put("m.ubj", NEW.ubj)
+    evict(registry)
+    store.open("m")
+    await kept(registry)
+    assert registry.loaded() == []
+    assert store.fetches == ["m", "m"]
+    assert registry.stats().loads == 1
+    assert registry.stats().load_failures == 0
+    assert await answers(registry, NEW if changed else OLD)
+
+
+async def test_a_store_that_delivers_all_the_same_brings_nothing_back(make_registry: MakeRegistry) -> None:
+    """F7: nobody can join what has been given up, so it must not cover what was loaded since."""
+    store = Stubborn({"m.ubj": OLD.ubj})
+    registry = await make_registry(store, refresh_after=0)
+    await registry.load("m")
+    await asked_about(registry, store)
+    store.put("m.ubj", NEW.ubj)
+    evict(registry)
+    await kept(registry)
+    await freed(registry)
+    assert registry.loaded() == []
+    assert registry.stats().bytes_resident == 0
+
+
+async def test_a_call_after_the_eviction_does_not_wait_for_the_revalidation(make_registry: MakeRegistry) -> None:
+    """S2: it asks for itself, in a slot for cold loads, though the store does not answer the one of before."""
+    store = Upright({"m.ubj": OLD.ubj})
+    registry = await make_registry(store, refresh_after=0)
+    await registry.load("m")
+    await asked_about(registry, store)
+    evict(registry)
+    call = asyncio.create_task(registry.predict("m", ROWS))
+    await store.fetched(3)
+    store.put("m.ubj", NEW.ubj)
+    store.open("m")
+    assert np.array_equal(await call, NEW.expected(ROWS))
+    assert store.fetches == ["m", "m", "m"]
+    assert registry.stats().loads == 2
+
+
+async def test_a_revalidation_that_waits_for_a_slot_ends_with_its_version(make_registry: MakeRegistry) -> None:
+    """L3: the store is not even asked about what has left."""
+    store = Upright({"m.ubj": OLD.ubj, "n.ubj": OLD.ubj})
+    registry = await make_registry(store, refresh_after=0, load_concurrency=1)
+    await registry.preload(["m", "n"])
+    await asked_about(registry, store)
+    assert await answers(registry, OLD, "n")
+    await settle()
+    evict(registry)
+    store.open("m")
+    await kept(registry)
+    assert store.fetches == ["m", "n", "m"]
+    assert registry.loaded() == []
+
+
+async def test_a_revalidation_that_waits_for_bytes_ends_with_its_version(make_registry: MakeRegistry) -> None:
+    """L3: the new version does not fit beside what is leased; it gets nothing when the lease ends."""
+    store = Upright({"m.ubj": OLD.ubj, "n.ubj": OLD.ubj, "other.ubj": OLD.ubj})
+    registry = await make_registry(store, refresh_after=60, clock=(clock := FakeClock()))
+    await fill(registry, ["n", "m"], 0)
+    clock.advance(60)
+    async with registry.acquire("n"):
+        store.put("m.ubj", zoo.model(trees=7).ubj)
+        assert await answers(registry, OLD)
+        while not registry._state.ledger.queue:
+            await asyncio.sleep(0)
+        registry.resize(registry.stats().budget - 1)
+        await kept(registry)
+        await freed(registry)
+        assert [model.name for model in registry.loaded()] == ["n"]
+        assert not registry._state.ledger.queue
+    assert [model.name for model in registry.loaded()] == ["n"]
+
+
+async def test_a_version_that_makes_room_for_its_successor_does_not_end_that(make_registry: MakeRegistry) -> None:
+    """S3: with a budget for one version, a revalidation that finds another loads it in the place of the old one."""
+    store, clock = Upright({"m.ubj": OLD.ubj}), FakeClock()
+    registry = await make_registry(store, refresh_after=60, clock=clock)
+    await fill(registry, ["m"], 0.3)
+    store.put("m.ubj", NEW.ubj)
+    clock.advance(60)
+    events = told(registry)
+    assert await answers(registry, OLD)
+    await revalidated(registry)
+    assert [event.cause for event in events if isinstance(event, ModelEvicted)] == ["budget"]
+    assert [model.name for model in registry.loaded()] == ["m"]
+    assert await answers(registry, NEW)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+@pytest.mark.parametrize("joins", [False, True])
+async def test_what_is_evicted_while_it_is_refreshed_is_loaded_again(
+    make_registry: MakeRegistry, changed: bool, joins: bool
+) -> None:
+    """The caller of refresh wants the model, also if a revalidation had been waiting for a slot when it came."""
+    store, clock = Upright({"m.ubj": OLD.ubj, "n.ubj": OLD.ubj}), FakeClock()
+    registry = await make_registry(store, refresh_after=60, clock=clock, load_concurrency=1)
+    await registry.preload(["m", "n"])
+    store.shut("m", "n")
+    other = asyncio.create_task(registry.refresh("n"))
+    await store.fetched(3)
+    if joins:
+        clock.advance(60)
+        assert await answers(registry, OLD)
+    refreshing = asyncio.create_task(registry.refresh("m"))
+    await settle()
+    store.open("n")
+    await store.fetched(4)
+    evict(registry)
+    if changed:
+        store.put("m.ubj", NEW.ubj)
+    store.open("m")
+    await asyncio.gather(refreshing, other)
+    assert await answers(registry, NEW if changed else OLD)
+    assert store.fetches.count("m") == (2 if changed else 3)
+    assert registry.stats().loads == 3
+
+
+async def test_unload_does_not_wait_for_a_revalidation(make_registry: MakeRegistry) -> None:
+    """F10: a call still holds the model and the store is silent: nothing is loaded, for nobody would have it."""
+    store = Upright({"m.ubj": OLD.ubj})
+    registry = await make_registry(store, refresh_after=0)
+    async with registry.acquire("m"):
+        await asked_about(registry, store)
+        unloading = asyncio.create_task(registry.unload("m"))
+        await settle()
+    assert await unloading
+    assert store.fetches == ["m", "m"]
+    assert registry.stats().loads == 1
+    assert not registry._state.flights.airborne
+
+
+async def test_a_pinned_model_whose_worker_ends_is_loaded_though_it_is_revalidated(make_registry: MakeRegistry) -> None:
+    """P1: the revalidation ends with the worker, and the pin brings the model back."""
+    store = Upright({"m.ubj": OLD.ubj})
+    registry = await make_registry(store, refresh_after=0)
+    pid = (await registry.pin("m")).workers[0]
+    await asked_about(registry, store)
+    psutil.Process(pid).kill()
+    await store.fetched(3)
+    store.open("m")
+    while not registry.loaded():
+        await asyncio.sleep(0)
+    assert registry.loaded()[0].pinned
+    assert store.fetches == ["m", "m", "m"]
 
 
 # Under load

@@ -14,7 +14,8 @@ Interleavings that the code below is shaped by:
 4. A model is unloaded while it loads. The flight leaves the map: those who wait get the model they asked for, later
    callers start a new flight, and when the old one lands it does not enter the table.
 5. A resident model is renewed, and evicted before the new version has landed. The renewing flight is in the map all the
-   while: callers find the table first, and join the flight when there is nothing in the table any more.
+   while: callers find the table first, and join the flight when there is nothing in the table any more. If only the
+   registry itself had asked for the renewal, the flight ends with the old version: nobody wants the new one.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class Flight:
         "scouts",
         "task",
         "waiters",
+        "wanted",
     )
 
     def __init__(self, key: str, *, scouts: bool = False) -> None:
@@ -84,6 +86,8 @@ class Flight:
         """The version that it replaces if the store has another."""
         self.call: Any = None
         """A call that is answered as it lands: its rows travel with the artifact."""
+        self.wanted = False
+        """True once anybody has joined who wants the model, and not only a newer version of it while it is resident."""
         self.needed = 0
         """Bytes it has claimed, or waits for."""
         self.claim: Claim | None = None
@@ -183,6 +187,14 @@ class Flights:
         if flight is not None:
             flight.listed = False
         return flight
+
+    def drop(self, flight: Flight) -> None:
+        """End a flight that nobody wants any more, whatever it is doing; its task is to be cancelled.
+
+        What a store delivers all the same, since it takes no notice of that, stays out of the table.
+        """
+        flight.listed = False
+        self.end(flight)
 
     def end(self, flight: Flight) -> None:
         """Forget a flight, by identity: the map may hold a newer one of the same key."""
