@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def anyio_backend() -> str:
-    """Plain asyncio; test_registry.py runs under debug mode, uvloop and eager tasks as well."""
+    """Plain asyncio; loops.py has the others, which some files run on as well, test_registry.py on all."""
     return "asyncio"
 
 

@@ -14,6 +14,7 @@ import pytest
 import odd
 import oracle
 import zoo
+from loops import LOOPS
 from modelcache import (
     DiskTier,
     ModelCacheError,
@@ -37,6 +38,12 @@ if TYPE_CHECKING:
 
 ROWS = zoo.rows(2)
 OLD, NEW = zoo.model(), zoo.model(seed=1)
+
+
+@pytest.fixture(params=["asyncio", "eager"])
+def anyio_backend(request: pytest.FixtureRequest) -> Any:
+    """Loads that begin in the very step that asks for them have to know by then what they are for."""
+    return "asyncio", LOOPS[request.param]
 
 
 class Remote(Upright):

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
 import pytest
-import uvloop
 
 import oracle
 import zoo
 from conftest import settle
+from loops import LOOPS
 from modelcache import (
     FeatureMismatchError,
     LoadFailed,
@@ -43,24 +42,9 @@ MODEL = zoo.model()
 OTHER = zoo.model(seed=1)
 
 
-def eager_loop() -> asyncio.AbstractEventLoop:
-    loop = asyncio.new_event_loop()
-    loop.set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined,unused-ignore]
-    return loop
-
-
-BACKENDS: dict[str, dict[str, Any]] = {
-    "asyncio": {},
-    "debug": {"debug": True},
-    "uvloop": {"loop_factory": uvloop.new_event_loop},
-}
-if sys.version_info >= (3, 12):  # eager tasks came with it
-    BACKENDS["eager"] = {"loop_factory": eager_loop}
-
-
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=LOOPS)
 def anyio_backend(request: pytest.FixtureRequest) -> Any:
-    return "asyncio", BACKENDS[request.param]
+    return "asyncio", LOOPS[request.param]
 
 
 @pytest.fixture

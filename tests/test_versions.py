@@ -12,6 +12,7 @@ import pytest
 import oracle
 import zoo
 from conftest import settle
+from loops import LOOPS
 from modelcache import (
     Artifact,
     CorruptArtifactError,
@@ -40,6 +41,12 @@ if TYPE_CHECKING:
 ROWS = zoo.rows(2)
 VERSIONS = [zoo.model(seed=seed) for seed in range(4)]
 OLD, NEW, NEWER, NEWEST = VERSIONS
+
+
+@pytest.fixture(params=["asyncio", "eager"])
+def anyio_backend(request: pytest.FixtureRequest) -> Any:
+    """Loads that begin in the very step that asks for them have to know by then what they are for."""
+    return "asyncio", LOOPS[request.param]
 
 
 class Forgetful(Upright):
