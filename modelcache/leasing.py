@@ -147,14 +147,17 @@ class Leasing:
 
     async def refresh(self, name: str) -> Entry[Resident]:
         """Ask the store for ``name`` now, and return a lease on the version it has."""
+        waited_for: str | None = None
+        """A key: what flies under it by now has asked after this call."""
         while True:
             self._life.check()
             resident = self.find(name) or self._find_by_any_spelling(name)
             key = name if resident is None else resident.key
             flight = self._state.flights.by_key.get(key)
-            if flight is None or not flight.has_asked:
+            if flight is None or not flight.has_asked or (flight.fresh and key == waited_for):
                 return await self._wait_to_the_end(self._board_refresh(key, resident))
             if flight.fresh:  # its answer may be older than this call: let it land, and ask again
+                waited_for = key
                 with suppress(ModelCacheError):
                     self.release(await self._wait_to_the_end(self._join(key)))
             else:

@@ -326,6 +326,10 @@ async def test_refreshes_at_once_ask_once(make_registry: MakeRegistry) -> None:
     later = [asyncio.create_task(registry.refresh("m")) for _ in range(10)]
     await settle()
     assert len(store.fetches) == 2
+    store.open("m")  # to the second fetch, and not yet to the third
+    store.shut("m")
+    await store.fetched(3)
+    await settle()
     store.open("m")
     infos = await asyncio.gather(*together, *later)
     assert len(store.fetches) == 3
