@@ -215,6 +215,121 @@ async def test_a_store_that_is_asked_about_no_version_may_not_say_that_it_is_the
         await registry.refresh("m")
 
 
+# Without retain: what is refreshed leaves with its last call, at any moment
+#
+# 1. It leaves while the store is being asked. The answer is about nothing that is there, and must not be taken for a
+#    lease on what is being unloaded: it is loaded again, for the caller of refresh.
+# 2. It leaves in the step in which the answer comes, before that is looked at.
+# 3. A call comes after it has left, and joins the flight.
+# 4. The caller of refresh and a call hold it together, and let go of it in either order.
+# 5. The caller of refresh is gone by then, too.
+
+
+@pytest.mark.parametrize("changed", [False, True])
+@pytest.mark.parametrize("answered", [False, True])
+@pytest.mark.parametrize("kind", [Upright, Forgetful])
+async def test_without_retain_a_model_may_leave_while_it_is_refreshed(
+    make_registry: MakeRegistry, kind: type[Upright], answered: bool, changed: bool
+) -> None:
+    """Interleavings 1 and 2: refresh tells what the store has, from a load of its own, and nothing stays."""
+    store = kind({"m.ubj": OLD.ubj})
+    registry = await make_registry(store, retain=False)
+    async with registry.acquire("m"):
+        store.shut("m")
+        refreshing = asyncio.create_task(registry.refresh("m"))
+        await store.fetched(2)
+        if changed:
+            store.put("m.ubj", NEW.ubj)
+        if answered:
+            store.open("m")
+    assert registry.loaded() == []
+    store.open("m")
+    info = await refreshing
+    assert info.state == "ready"
+    assert info.artifact_bytes == len((NEW if changed else OLD).ubj)
+    assert registry.loaded() == []
+    assert registry.stats().loads == 2
+    await freed(registry)
+    assert registry.stats().bytes_resident == 0
+
+
+@pytest.mark.parametrize("changed", [False, True])
+async def test_without_retain_a_call_joins_a_refresh_whose_model_has_left(
+    make_registry: MakeRegistry, changed: bool
+) -> None:
+    """Interleaving 3, F1: one load serves both, and the model leaves with the later of them."""
+    store = Upright({"m.ubj": OLD.ubj})
+    registry = await make_registry(store, retain=False)
+    async with registry.acquire("m"):
+        store.shut("m")
+        refreshing = asyncio.create_task(registry.refresh("m"))
+        await store.fetched(2)
+    call = asyncio.create_task(registry.predict("m", ROWS))
+    await settle()
+    assert registry.stats().joins == 1
+    if changed:
+        store.put("m.ubj", NEW.ubj)
+    store.open("m")
+    assert np.array_equal(await call, (NEW if changed else OLD).expected(ROWS))
+    await refreshing
+    assert registry.stats().loads == 2
+    assert registry.loaded() == []
+
+
+@pytest.mark.parametrize("call_ends_first", [False, True])
+@pytest.mark.parametrize("changed", [False, True])
+async def test_without_retain_a_model_leaves_with_the_last_of_call_and_refresh(
+    make_registry: MakeRegistry, changed: bool, call_ends_first: bool
+) -> None:
+    """Interleaving 4, L4: neither takes from the other what it holds, whether or not there is a new version."""
+    store = Upright({"m.ubj": OLD.ubj})
+    registry = await make_registry(store, retain=False)
+    async with registry.acquire("m") as lease:
+        store.shut("m")
+        refreshing = registry._leasing.refresh("m")  # gives the lease that the public method holds for a moment
+        asking = asyncio.create_task(refreshing)
+        await store.fetched(2)
+        if changed:
+            store.put("m.ubj", NEW.ubj)
+        store.open("m")
+        held = await asking
+        assert (held is lease.entry) is not changed
+        if not call_ends_first:
+            registry._leasing.release(held)
+        assert np.array_equal(await lease.predict(ROWS), OLD.expected(ROWS))
+        assert len(registry.loaded()) == (0 if changed and not call_ends_first else 1)
+    if call_ends_first:
+        assert [model.version for model in registry.loaded()] == [held.value.version]
+        registry._leasing.release(held)
+    assert registry.loaded() == []
+    await freed(registry)
+    assert registry.stats().bytes_resident == 0
+    assert registry.stats().loads == (2 if changed else 1)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+async def test_without_retain_a_refresh_that_nobody_waits_for_leaves_its_model_to_the_next_call(
+    make_registry: MakeRegistry, changed: bool
+) -> None:
+    """Interleaving 5, F9: the load that has begun completes; the model stays for one call and leaves with that."""
+    store = Upright({"m.ubj": OLD.ubj})
+    registry = await make_registry(store, retain=False)
+    async with registry.acquire("m"):
+        store.shut("m")
+        refreshing = asyncio.create_task(registry.refresh("m"))
+        await store.fetched(2)
+        refreshing.cancel()
+        await asyncio.wait((refreshing,))
+    if changed:
+        store.put("m.ubj", NEW.ubj)
+    store.open("m")
+    await kept(registry)
+    assert len(registry.loaded()) == 1
+    assert await answers(registry, NEW if changed else OLD)
+    assert registry.loaded() == []
+    assert registry.stats().loads == 2
+
+
 # What cannot be renewed
 
 
