@@ -162,7 +162,7 @@ class Origin:
         assert self.tier is not None and isinstance(artifact, Artifact)
         if written is not None and written.error is not None:
             logger.warning("no local copy of %s could be written: %s", name, written.error)
-        if written is None or written.error is not None or self._is_outdated(name, found):
+        if written is None or written.error is not None or self._is_outdated(name, artifact.version, found.current_at):
             await self.tier.discard(saving.path)
             return
         self._damaged.discard(written.digest)
@@ -185,7 +185,14 @@ class Origin:
 
     async def _copy(self, name: str) -> DiskCopy | None:
         copy = await self.tier.find(self._id, name) if self.tier is not None else None
-        return copy if copy is not None and copy.digest not in self._damaged else None
+        if copy is None or copy.digest in self._damaged:
+            return None
+        if self._is_outdated(name, copy.version, copy.validated_at):
+            # Another process had begun to load it before the store told this one of a newer version.
+            assert self.tier is not None
+            await self.tier.forget(self._id, name)
+            return None
+        return copy
 
     # The store's word
 
@@ -224,10 +231,10 @@ class Origin:
             for spelling in spellings(name):
                 await self.tier.forget(self._id, spelling)
 
-    def _is_outdated(self, name: str, found: Found) -> bool:
-        """Say whether the store has said something else of ``name`` since it announced what was ``found``."""
-        at, version = self._last_words.get(name, (0.0, None))
-        return at > found.current_at and version != found.source.version
+    def _is_outdated(self, name: str, version: str, current_at: float) -> bool:
+        """Say whether the store has said something else of ``name`` since it had ``version``, at ``current_at``."""
+        at, last = self._last_words.get(name, (0.0, None))
+        return at > current_at and version != last
 
     def _is_trusted(self, copy: DiskCopy) -> bool:
         age = wall_clock() - copy.validated_at
