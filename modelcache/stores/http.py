@@ -147,9 +147,11 @@ class HTTPStore:
 
     async def close(self) -> None:
         """Close all connections."""
-        client, self._client = self._client, None
-        if client is not None:
-            await client.close()
+        async with self._opening:  # else what is being opened would stay open
+            client, self._client = self._client, None
+            if client is not None:
+                await client.close()
+        self._opening = asyncio.Lock()  # one that was waited for belongs to its event loop
 
     def __repr__(self) -> str:
         return self.url

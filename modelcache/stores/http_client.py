@@ -125,6 +125,8 @@ class HTTPClient:
         """Return an answer of one of the ``expected`` statuses; ask again where that helps."""
         failures = 0
         while True:
+            if self._session.closed:
+                raise StoreError(f"{self._options.url} was closed while it was asked.", model=model)
             try:
                 response = await self._follow(URL(url, encoded=True), headers, model)
                 if response.status in expected:

@@ -12,9 +12,11 @@ import shutil
 import ssl
 import subprocess
 import sys
+import threading
 import zlib
 from contextlib import aclosing
 from dataclasses import replace
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from anyio import to_thread
 
 import oracle
 import zoo
+from conftest import settle
 from modelcache import (
     Artifact,
     ArtifactChangedError,
@@ -168,6 +171,34 @@ async def test_first_calls_open_one_session(proxy: FaultProxy, make_store: MakeS
     await proxy.quiet()
     await asyncio.sleep(0)
     assert oracle.open_descriptors() == descriptors
+
+
+async def test_close_during_the_first_call_leaves_no_session(
+    proxy: FaultProxy, make_store: MakeStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is being opened is closed, too, and whoever opened it is told; later calls open another."""
+    client = await to_thread.run_sync(import_module, "modelcache.stores.http_client")
+    environment, is_opening, goes_on = client._of_environment, asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def wait(options: Any) -> Any:
+        loop.call_soon_threadsafe(is_opening.set)
+        goes_on.wait()
+        return environment(options)
+
+    monkeypatch.setattr(client, "_of_environment", wait)
+    store = make_store()
+    fetching = asyncio.create_task(store.fetch("a"))
+    await is_opening.wait()
+    closing = asyncio.create_task(store.close())
+    await settle()
+    goes_on.set()
+    await asyncio.wait((fetching, closing))
+    assert store._client is None, "nobody would close it"
+    with pytest.raises(StoreError, match="was closed"):
+        await fetching
+    await proxy.quiet()
+    assert await read(await store.fetch("a")) == DATA
 
 
 @pytest.mark.parametrize("begun", [False, True])
