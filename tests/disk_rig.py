@@ -86,7 +86,7 @@ def check(root: Path, budget: int, *tiers: DiskTier, damaged: bool = False) -> N
     assert damaged or all(sha256((root / "models" / digest).read_bytes()) == digest for digest in files)
     for tier in tiers:
         assert (tier.bytes, tier.copies) == (sum(files.values()), names)
-        assert {(copy.store, copy.name, copy.version, copy.digest) for copy in tier._table.values()} <= named
+        assert {(copy.store, copy.name, copy.version, copy.digest) for copy in tier._catalogue.table.values()} <= named
 
 
 class Mother:

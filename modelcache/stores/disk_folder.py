@@ -5,6 +5,7 @@
     models/<sha256>      published copies: complete, listed in the index
     incoming/<process>/  what workers of one process are writing; the process holds a lock on it as long as it lives
     index.sqlite3        what is published: see disk_index.py
+    changes              counts publications: see disk_changes.py
     lock                 held by a process while it opens or rebuilds the tier
 
 A lock (``flock``) ends with its process however that ends, and is seen through the borders of containers that share
@@ -14,10 +15,12 @@ the folder, where a process number would mean nothing.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import re
 import secrets
 import shutil
+import stat
 import time
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _DIGEST = re.compile("[0-9a-f]{64}")
+_PRIVATE = 0o600
 _PATIENCE = 10.0
 """Seconds to wait for another process that opens the same tier."""
 _POLL = 0.01
@@ -43,6 +47,7 @@ class CacheFolder:
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
         self.index = self.root / "index.sqlite3"
+        self.changes = self.root / "changes"
         self._models = self.root / "models"
         self._processes = self.root / "incoming"
         self.incoming = self._processes / secrets.token_hex(8)
@@ -58,7 +63,7 @@ class CacheFolder:
     @contextmanager
     def to_itself(self) -> Iterator[None]:
         """Keep other processes from opening the tier; TimeoutError if one is at it for long."""
-        lock = os.open(self.root / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        lock = os.open(self.root / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, _PRIVATE)
         try:
             deadline = time.monotonic() + _PATIENCE
             while not _try_lock(lock):
@@ -118,9 +123,23 @@ class CacheFolder:
         with os.scandir(self._models) as entries:
             return {entry.name: entry.stat(follow_symlinks=False).st_size for entry in entries if is_digest(entry.name)}
 
+    def receive(self, incoming: Path) -> int:
+        """Return the bytes of a file that was written, and see to it that it is for this user alone."""
+        found = incoming.stat()
+        if stat.S_IMODE(found.st_mode) != _PRIVATE:
+            incoming.chmod(_PRIVATE)
+        return found.st_size
+
+    def is_sound(self, digest: str) -> bool:
+        """Say whether there is a published file of these bytes, and whether it has them."""
+        try:
+            with self.model(digest).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest() == digest
+        except OSError:
+            return False
+
     def admit(self, incoming: Path, digest: str) -> None:
-        """Give a complete file its name among the models, in one step; over one of the same bytes, if there is one."""
-        incoming.chmod(0o600)
+        """Give a complete file its name among the models, in one step; over a damaged one, if there is one."""
         incoming.replace(self.model(digest))
 
     def remove(self, digest: str) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _APPLICATION = 0x6D6F6463
 """Says in the file's header whose database it is ("modc")."""
-_LAYOUT = 1
+_LAYOUT = 2
 _BUSY_TIMEOUT = 5.0
 """Seconds to wait for another process to finish its transaction."""
 
@@ -40,7 +40,6 @@ CREATE TABLE files (
     used INTEGER NOT NULL CHECK (typeof(used) = 'integer'),
     uses INTEGER NOT NULL CHECK (typeof(uses) = 'integer')
 ) WITHOUT ROWID;
-CREATE INDEX files_by_serial ON files (serial);
 CREATE TABLE copies (
     store TEXT NOT NULL CHECK (typeof(store) = 'text'),
     name TEXT NOT NULL CHECK (typeof(name) = 'text'),
@@ -49,9 +48,11 @@ CREATE TABLE copies (
     digest TEXT NOT NULL CHECK (typeof(digest) = 'text'),
     artifact_bytes INTEGER NOT NULL CHECK (typeof(artifact_bytes) = 'integer'),
     validated_at REAL NOT NULL CHECK (typeof(validated_at) = 'real'),
+    serial INTEGER NOT NULL CHECK (typeof(serial) = 'integer'),
     PRIMARY KEY (store, name)
 ) WITHOUT ROWID;
 CREATE INDEX copies_by_digest ON copies (digest);
+CREATE INDEX copies_by_serial ON copies (serial);
 CREATE TABLE totals (
     serial INTEGER NOT NULL CHECK (typeof(serial) = 'integer'),
     bytes INTEGER NOT NULL CHECK (typeof(bytes) = 'integer'),
@@ -59,24 +60,18 @@ CREATE TABLE totals (
     copies INTEGER NOT NULL CHECK (typeof(copies) = 'integer')
 );
 INSERT INTO totals VALUES (0, 0, 0, 0);
-CREATE TRIGGER file_in AFTER INSERT ON files BEGIN
-    UPDATE totals SET bytes = bytes + new.size, files = files + 1; END;
-CREATE TRIGGER file_out AFTER DELETE ON files BEGIN
-    UPDATE totals SET bytes = bytes - old.size, files = files - 1; END;
-CREATE TRIGGER copy_in AFTER INSERT ON copies BEGIN UPDATE totals SET copies = copies + 1; END;
-CREATE TRIGGER copy_out AFTER DELETE ON copies BEGIN UPDATE totals SET copies = copies - 1; END;
 COMMIT;
 """  # noqa: S608 - of two constants above
 
-_COPIES = """
-SELECT store, name, version, suffix, size, digest, artifact_bytes, validated_at, serial FROM copies JOIN files
-USING (digest)
-"""
 _FILES = "SELECT digest, size, cost, serial, uses FROM files "
+_COPIES = """
+SELECT store, name, version, suffix, size, digest, artifact_bytes, validated_at, files.serial, cost, uses
+FROM copies JOIN files USING (digest)
+"""
 
 
 class ForeignIndexError(Exception):
-    """The database belongs to another program."""
+    """The database, of that path, belongs to another program."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +101,8 @@ class DiskCopy:
 class Totals(NamedTuple):
     """What is published, by all processes."""
 
+    serial: int
+    """Of the last publication or use; they are numbered together."""
     bytes: int
     """Of all files; copies of equal bytes share one."""
     files: int
@@ -122,10 +119,20 @@ class FileFacts(NamedTuple):
     uses: int
 
 
+class Listed(NamedTuple):
+    """A copy with what an eviction policy is to know of its file."""
+
+    copy: DiskCopy
+    cost: float
+    uses: int
+
+
 class Index:
     """The database. Everything here blocks, and raises sqlite3.Error; it is used by one thread at a time."""
 
     def __init__(self, folder: CacheFolder) -> None:
+        self.totals = Totals(0, 0, 0, 0)
+        """What all processes have published together, as of the last transaction of this one."""
         self._folder = folder
         # SQLite gives the files beside it the permissions of this one.
         os.close(os.open(folder.index, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
@@ -141,7 +148,7 @@ class Index:
     def _prepare(self) -> None:
         if self._pragma("application_id") != _APPLICATION:
             if self._one("SELECT count(*) FROM sqlite_master")[0]:
-                raise ForeignIndexError
+                raise ForeignIndexError(self._folder.index)
             self._db.executescript(_SCHEMA)
         if self._pragma("user_version") != _LAYOUT:
             raise sqlite3.DatabaseError("it was written by another version of modelcache")
@@ -159,7 +166,10 @@ class Index:
         """Make all changes or none; no other process can write meanwhile."""
         self._db.execute("BEGIN IMMEDIATE")
         try:
+            before = self.totals = Totals(*self._one("SELECT serial, bytes, files, copies FROM totals"))
             yield
+            if self.totals != before:
+                self._db.execute("UPDATE totals SET serial = ?, bytes = ?, files = ?, copies = ?", self.totals)
             self._db.execute("COMMIT")
         except BaseException:
             if self._db.in_transaction:
@@ -168,18 +178,14 @@ class Index:
 
     # Reading
 
-    def totals(self) -> Totals:
-        """Return what all processes have published together."""
-        return Totals(*self._one("SELECT bytes, files, copies FROM totals"))
-
     def copy(self, store: str, name: str) -> DiskCopy | None:
         """Return the copy of that name."""
         row = self._one(_COPIES + "WHERE store = ? AND name = ?", store, name)
-        return None if row is None else self._as_copy(row)
+        return None if row is None else self._as_listed(row).copy
 
-    def copies(self) -> list[DiskCopy]:
-        """Return all copies."""
-        return [*map(self._as_copy, self._db.execute(_COPIES))]
+    def copies_after(self, serial: int) -> list[Listed]:
+        """Return the copies that were published later than that, those of the least recently used files first."""
+        return [*map(self._as_listed, self._db.execute(_COPIES + "WHERE copies.serial > ? ORDER BY used", (serial,)))]
 
     def sizes(self) -> dict[str, int]:
         """Return the bytes of each listed file by digest."""
@@ -194,32 +200,62 @@ class Index:
         """Return store and name of the copies that share a file."""
         return self._db.execute("SELECT store, name FROM copies WHERE digest = ?", (digest,)).fetchall()
 
-    def files_after(self, serial: int) -> list[FileFacts]:
-        """Return the files that were published later than that one, the least recently used first."""
-        return [*map(FileFacts._make, self._db.execute(_FILES + "WHERE serial > ? ORDER BY used", (serial,)))]
+    # Writing, within a transaction
 
-    # Writing
-
-    def put_file(self, digest: str, size: int, cost: float) -> int:
-        """List a file, in the place of an older publication of the same bytes; return its serial number."""
-        serial, uses = self._next_serial(), 1
-        if known := self.file(digest):
-            uses += known.uses
-            self._db.execute("DELETE FROM files WHERE digest = ?", (digest,))
+    def put_file(self, digest: str, size: int, cost: float, known: FileFacts | None) -> int:
+        """List a file, in the place of the ``known`` publication of the same bytes; return its serial number."""
+        serial = self._next_serial()
         self._db.execute(
-            "INSERT INTO files VALUES (?, ?, ?, ?, ?, ?)", (digest, size, float(cost), serial, serial, uses)
+            "REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)",
+            (digest, size, float(cost), serial, serial, known.uses + 1 if known else 1),
         )
+        self._count(size - (known.size if known else 0), known is None, 0)
         return serial
 
     def put_copy(self, copy: DiskCopy) -> None:
         """List a copy, whose file is listed; there must be none of its name."""
         self._db.execute(
-            "INSERT INTO copies VALUES (?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO copies VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 copy.store, copy.name, copy.version, copy.suffix, copy.digest, copy.artifact_bytes,
-                float(copy.validated_at),
+                float(copy.validated_at), copy.serial,
             ),
         )  # fmt: skip
+        self._count(0, 0, 1)
+
+    def use(self, digest: str, times: int) -> None:
+        """Count uses of a file."""
+        self._db.execute(
+            "UPDATE files SET uses = uses + ?, used = ? WHERE digest = ?", (times, self._next_serial(), digest)
+        )
+
+    def remove_copy(self, copy: DiskCopy) -> bool:
+        """Take a listed copy off the list; True says that no other name needs its file any more."""
+        self._db.execute("DELETE FROM copies WHERE store = ? AND name = ?", (copy.store, copy.name))
+        self._count(0, 0, -1)
+        return self._one("SELECT 1 FROM copies WHERE digest = ? LIMIT 1", copy.digest) is None
+
+    def remove_file(self, digest: str) -> bool:
+        """Take a file and all its copies off the list; False says that it was not there."""
+        known = self.file(digest)
+        copies = self._db.execute("DELETE FROM copies WHERE digest = ?", (digest,)).rowcount
+        self._db.execute("DELETE FROM files WHERE digest = ?", (digest,))
+        self._count(-known.size if known else 0, -1 if known else 0, -copies)
+        return known is not None
+
+    def recount(self) -> None:
+        """Make the totals what the rows say, whatever has happened to either."""
+        self._db.execute("DELETE FROM copies WHERE digest NOT IN (SELECT digest FROM files)")
+        self._db.execute("DELETE FROM files WHERE digest NOT IN (SELECT digest FROM copies)")
+        self.totals = Totals(
+            *self._one(
+                "SELECT max(ifnull(max(serial), 0), ifnull(max(used), 0), ?), ifnull(sum(size), 0), count(*), "
+                "(SELECT count(*) FROM copies) FROM files",
+                self.totals.serial,
+            )
+        )
+
+    # Writing a single row, at once
 
     def validate(self, copy: DiskCopy, at: float) -> None:
         """Note when the store has confirmed a version; nothing happens if another one is listed."""
@@ -228,42 +264,15 @@ class Index:
             (float(at), copy.store, copy.name, copy.version),
         )
 
-    def use(self, digest: str, times: int) -> None:
-        """Count uses of a file."""
-        self._db.execute(
-            "UPDATE files SET uses = uses + ?, used = ? WHERE digest = ?", (times, self._next_serial(), digest)
-        )
-
-    def remove_copy(self, store: str, name: str) -> str | None:
-        """Take a name off the list; return the digest of its file if no other name needs that any more."""
-        row = self._one("SELECT digest FROM copies WHERE store = ? AND name = ?", store, name)
-        if row is None:
-            return None
-        digest: str = row[0]
-        self._db.execute("DELETE FROM copies WHERE store = ? AND name = ?", (store, name))
-        return None if self.names(digest) else digest
-
-    def remove_file(self, digest: str) -> bool:
-        """Take a file and all its copies off the list; False says that it was not there."""
-        self._db.execute("DELETE FROM copies WHERE digest = ?", (digest,))
-        return self._db.execute("DELETE FROM files WHERE digest = ?", (digest,)).rowcount > 0
-
-    def recount(self) -> None:
-        """Make the totals what the rows say, whatever has happened to either."""
-        self._db.execute("DELETE FROM copies WHERE digest NOT IN (SELECT digest FROM files)")
-        self._db.execute("DELETE FROM files WHERE digest NOT IN (SELECT digest FROM copies)")
-        self._db.execute(
-            "UPDATE totals SET bytes = (SELECT ifnull(sum(size), 0) FROM files), files = (SELECT count(*) FROM files), "
-            "copies = (SELECT count(*) FROM copies), "
-            "serial = max(serial, (SELECT ifnull(max(max(serial, used)), 0) FROM files))"
-        )
-
     # Helpers
 
     def _next_serial(self) -> int:
-        self._db.execute("UPDATE totals SET serial = serial + 1")
-        serial: int = self._one("SELECT serial FROM totals")[0]
-        return serial
+        self.totals = self.totals._replace(serial=self.totals.serial + 1)
+        return self.totals.serial
+
+    def _count(self, size: int, files: int, copies: int) -> None:
+        serial, *known = self.totals
+        self.totals = Totals(serial, known[0] + size, known[1] + files, known[2] + copies)
 
     def _one(self, query: str, *values: Any) -> Any:
         return self._db.execute(query, values).fetchone()
@@ -271,12 +280,18 @@ class Index:
     def _pragma(self, text: str) -> Any:
         return self._one(f"PRAGMA {text}")[0]
 
-    def _as_copy(self, row: tuple[Any, ...]) -> DiskCopy:
-        store, name, version, suffix, size, digest, artifact_bytes, validated_at, serial = row
-        return DiskCopy(
+    def _as_listed(self, row: tuple[Any, ...]) -> Listed:
+        store, name, version, suffix, size, digest, artifact_bytes, validated_at, serial, cost, uses = row
+        copy = DiskCopy(
             store=store, name=name, version=version, suffix=suffix, size=size, digest=digest,
             artifact_bytes=artifact_bytes, validated_at=validated_at, path=self._folder.model(digest), serial=serial,
         )  # fmt: skip
+        return Listed(copy, cost, uses)
+
+
+def is_busy(error: Exception) -> bool:
+    """Say whether another process has kept the database locked for too long."""
+    return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK) & 0xFF == sqlite3.SQLITE_BUSY
 
 
 def is_damage(error: Exception) -> bool:

@@ -352,7 +352,139 @@ async def test_a_version_that_the_store_gave_earlier_does_not_replace_a_later_on
     assert await read(tier, "a") == b"four"
 
 
+# Publications that wait together
+
+
+async def test_publications_that_wait_are_made_together(make_tier: MakeTier, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes while a thread is busy shares one visit and one transaction, and each call gets its own copy."""
+    tier = await make_tier()
+    groups: list[int] = []
+    publish = tier._catalogue.publish
+    monkeypatch.setattr(tier._catalogue, "publish", lambda group: groups.append(len(group)) or publish(group))  # type: ignore[func-returns-value]
+    copies = await asyncio.gather(*(put(tier, name, name.encode()) for name in "abcdef"))
+    assert len(groups) < 6
+    assert sum(groups) == 6
+    assert [copy and copy.name for copy in copies] == [*"abcdef"]
+    assert [await read(tier, name) for name in "abcdef"] == [name.encode() for name in "abcdef"]
+    check(tier.path, BUDGET, tier)
+
+
+@pytest.mark.parametrize("lie", [{"version": "\udce9"}, {"size": 4}, {"digest": "no digest"}, {"name": "\udce9"}])
+async def test_one_that_cannot_be_published_takes_none_with_it(make_tier: MakeTier, lie: dict[str, Any]) -> None:
+    """The others of its group are made without it."""
+    tier = await make_tier()
+    bad = {"name": "bad", "version": "1"} | lie
+    copies = await asyncio.gather(
+        put(tier, "a", b"one"), put(tier, "b", b"two"), put(tier, data=b"bad", **bad), put(tier, "c", b"three")
+    )
+    assert [copy and copy.name for copy in copies] == ["a", "b", None, "c"]
+    assert [await read(tier, name) for name in "abc"] == [b"one", b"two", b"three"]
+    assert not list(tier.incoming().parent.iterdir())
+    check(tier.path, BUDGET, tier)
+
+
+async def test_a_group_larger_than_the_budget(make_tier: MakeTier) -> None:
+    """Later ones evict earlier ones of their group, which get None: nothing is found whose file was never moved."""
+    tier = await make_tier(policy="lru")
+    names = "abcdef"
+    copies = await asyncio.gather(*(put(tier, name, content(name, "1", 4000)) for name in names))
+    assert [name for name in names if await read(tier, name)] == ["e", "f"]
+    assert all(copies[-2:])
+    assert all(copy is None or copy.name == name for copy, name in zip(copies, names, strict=True))
+    check(tier.path, BUDGET, tier)
+
+
+async def test_a_group_with_one_name_and_equal_bytes(make_tier: MakeTier) -> None:
+    """The last version of a name stays, and what another name needs of the earlier ones."""
+    tier = await make_tier()
+    await put(tier, "x", b"zero")
+    await asyncio.gather(
+        put(tier, "x", b"xx"), put(tier, "a", b"one", "v1"), put(tier, "a", b"two", "v2"), put(tier, "b", b"one", "v1"),
+        put(tier, "a", b"three", "v3"), put(tier, "c", b"three", "v3"),
+    )  # fmt: skip
+    assert [await read(tier, name) for name in "abc"] == [b"three", b"one", b"three"]
+    assert (tier.copies, tier.bytes) == (4, 10)
+    check(tier.path, BUDGET, tier)
+
+
+async def test_what_waits_is_found_and_is_there_after_a_close(make_tier: MakeTier) -> None:
+    """A name that is about to be published is no miss; close() publishes what waits."""
+    tier = await make_tier()
+    puts = [asyncio.ensure_future(put(tier, name, name.encode())) for name in "abc"]
+    await asyncio.sleep(0)
+    assert await tier.find(STORE, "c") is not None
+    puts += [asyncio.ensure_future(put(tier, name, name.encode())) for name in "def"]
+    await asyncio.sleep(0)
+    await tier.close()
+    assert all(await asyncio.gather(*puts))
+    tier = await make_tier()
+    assert tier.copies == 6
+    check(tier.path, BUDGET, tier)
+
+
+async def test_a_cancelled_leader_does_not_stop_its_group(make_tier: MakeTier) -> None:
+    """Whoever has taken the waiting ones to the thread may be cancelled; the thread, or the next one, goes on."""
+    tier = await make_tier()
+    puts = [asyncio.ensure_future(put(tier, name, name.encode())) for name in "abcd"]
+    await asyncio.sleep(0)
+    puts[0].cancel()
+    puts[2].cancel()
+    await asyncio.wait(puts)
+    assert puts[1].result()
+    assert puts[3].result()
+    assert await read(tier, "d") == b"d"
+    await put(tier, "e", b"e")
+    assert not list(tier.incoming().parent.iterdir())
+    check(tier.path, BUDGET)
+
+
+async def test_equal_bytes_do_not_take_the_place_of_sound_ones(make_tier: MakeTier) -> None:
+    """A file that has its bytes stays: replacing one makes some file systems write the new one to the disk at once."""
+    tier = await make_tier()
+    first = await put(tier, "a", b"one")
+    assert first is not None
+    before = first.path.stat().st_ino
+    await put(tier, "b", b"one")
+    assert first.path.stat().st_ino == before
+    assert not list(tier.incoming().parent.iterdir())
+    found = await tier.find(STORE, "a")
+    assert found is not None
+    assert found.serial > first.serial, "to drop the first is not to drop what was published since"
+
+
 # Several processes
+
+
+async def test_a_miss_asks_nobody_while_nobody_publishes(make_tier: MakeTier, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory has all that there is, until another process has published something; and again after that is read."""
+    tier, other = await make_tier(), await make_tier()
+    looks: list[str] = []
+    look_up = tier._catalogue.look_up
+    monkeypatch.setattr(tier._catalogue, "look_up", lambda *what: looks.append(what[1]) or look_up(*what))  # type: ignore[func-returns-value]
+    await put(tier, "mine", b"one")
+    assert await tier.find(STORE, "a") is None
+    assert looks == []
+    await put(other, "theirs", b"two")
+    assert await tier.find(STORE, "a") is None
+    assert looks == ["a"]
+    assert await tier.find(STORE, "theirs") is not None
+    await put(tier, "mine", b"three")
+    looks.clear()
+    assert await tier.find(STORE, "a") is None
+    assert looks == []
+    await tier.forget(STORE, "theirs")
+    assert await tier.find(STORE, "theirs") is None
+    assert looks == []
+
+
+async def test_a_publication_that_was_counted_but_not_made_hides_no_other(make_tier: MakeTier) -> None:
+    """1. A counts, and is killed before it commits. 2. B publishes. 3. C, which has seen the first count, finds it."""
+    tier, other = await make_tier(), await make_tier()
+    assert other._catalogue._changes is not None
+    other._catalogue._changes.advance()
+    assert await tier.find(STORE, "a") is None
+    await put(other, "a", b"one")
+    assert await read(tier, "a") == b"one"
 
 
 async def test_another_object_finds_what_was_published_since(make_tier: MakeTier) -> None:
@@ -385,12 +517,12 @@ async def test_a_stale_drop_spares_what_was_published_since(make_tier: MakeTier)
 
 async def test_files_that_others_removed_do_not_pile_up(make_tier: MakeTier, monkeypatch: pytest.MonkeyPatch) -> None:
     """The ranking forgets them now and then."""
-    monkeypatch.setattr("modelcache.stores.disk_tier._STRANGERS", 5)
+    monkeypatch.setattr("modelcache.stores.disk_catalogue._STRANGERS", 5)
     tier, other = await make_tier(), await make_tier()
     for number in range(40):
         await put(other, "a", b"%d" % number)
         await put(tier, "b", b"b%d" % number)
-    assert len(tier._ranking) <= 2 + 5
+    assert len(tier._catalogue.ranking) <= 2 + 5
     check(tier.path, BUDGET)
 
 
@@ -626,7 +758,7 @@ async def _damage(tier: DiskTier, how: str) -> None:
     elif how == "scrambled":
         index.write_bytes(data[:4096] + os.urandom(len(data) - 4096))
     elif how == "undecodable":
-        index.write_bytes(data.replace(b"files (serial)", b"files (seri\xbfl)"))
+        index.write_bytes(data.replace(b"copies (serial)", b"copies (seri\xbfl)"))
     else:
         with closing(sqlite3.connect(index)) as database:
             database.executescript(how)
@@ -724,13 +856,11 @@ async def test_a_tier_that_is_not_open_says_so(tmp_path: Path) -> None:
 
 async def test_calls_at_once_take_turns(make_tier: MakeTier) -> None:
     """Any number of loads may publish and look up together; none is lost."""
-    tier = await make_tier(budget="1 MiB")
+    tier, other = await make_tier(budget="1 MiB"), await make_tier(budget="1 MiB")
     logging.getLogger("asyncio").setLevel(logging.ERROR)
     names = [f"m{number}" for number in range(50)]
     copies = await asyncio.gather(*(put(tier, name, content(name, "1", 100)) for name in names))
     assert all(copies)
-    other = await make_tier(budget="1 MiB")
-    other._table.clear()
     found = await asyncio.gather(*(other.find(STORE, name) for name in names))
     assert found == list(copies)
     check(tier.path, 1 << 20, tier)
