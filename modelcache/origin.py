@@ -35,6 +35,10 @@ MEANT_FOR_ALL = (KeyboardInterrupt, SystemExit)
 
 _NAMES_REMEMBERED = 100_000
 
+_GATHERING = 0.02
+"""Seconds that a copy may wait to be published with others: alone it costs the parent some 0.4 ms of CPU, in a group of
+eight 0.1 ms. Nobody waits for it, and whoever asks for it has it published at once."""
+
 _ACLOSE_TIMEOUT = 10.0
 """Seconds for a store to let go of an artifact."""
 
@@ -169,7 +173,7 @@ class Origin:
         await self.tier.publish(
             saving.path, store=self._id, name=name, version=artifact.version, suffix=artifact.suffix,
             size=written.size, digest=written.digest, artifact_bytes=received, cost=cost,
-            validated_at=found.current_at,
+            validated_at=found.current_at, within=_GATHERING,
         )  # fmt: skip
 
     def abandon(self, saving: Saving) -> None:

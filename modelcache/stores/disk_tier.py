@@ -171,6 +171,7 @@ class DiskTier:
         artifact_bytes: int,
         cost: float,
         validated_at: float,
+        within: float = 0.0,
     ) -> DiskCopy | None:
         """Turn a written file into the copy of an artifact, in the place of any other of that name.
 
@@ -179,7 +180,8 @@ class DiskTier:
         announced the version. None says that it is not kept: it is larger than the budget, the disk failed, or a
         version that another process got from the store later is there. ``incoming`` is gone in any case.
 
-        The publications that wait while one is made are made together.
+        The publications that wait are made together; for others to come, this one may wait ``within`` seconds. A call
+        of :meth:`find` for its name, or of :meth:`close`, ends the wait.
         """
         copy = DiskCopy(
             store=store, name=name, version=version, suffix=suffix, size=size, digest=digest,
@@ -189,6 +191,8 @@ class DiskTier:
         publication = self._waiting[incoming] = Publication(incoming, copy, cost)
         try:
             async with self._turn:
+                if within and not publication.is_done:
+                    await asyncio.sleep(within)
                 if not publication.is_done:
                     await self._in_thread(self._publish_waiting)
         except BaseException:  # cancelled, perhaps before the thread had it

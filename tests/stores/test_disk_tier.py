@@ -422,6 +422,23 @@ async def test_what_waits_is_found_and_is_there_after_a_close(make_tier: MakeTie
     check(tier.path, BUDGET, tier)
 
 
+async def test_a_publication_that_waits_for_others_is_not_waited_for(make_tier: MakeTier) -> None:
+    """It may gather others for hours: whoever asks for its name, or closes the tier, has it made at once."""
+    tier = await make_tier()
+    first = asyncio.ensure_future(put(tier, "a", b"one", within=3600))
+    await asyncio.sleep(0)
+    assert await read(tier, "a") == b"one"
+    first.cancel()
+    others = [asyncio.ensure_future(put(tier, name, b"two", within=3600)) for name in "bc"]
+    await asyncio.sleep(0)
+    await tier.close()
+    for other in others:
+        other.cancel()
+    tier = await make_tier()
+    assert [await read(tier, name) for name in "abc"] == [b"one", b"two", b"two"]
+    check(tier.path, BUDGET, tier)
+
+
 async def test_a_cancelled_leader_does_not_stop_its_group(make_tier: MakeTier) -> None:
     """Whoever has taken the waiting ones to the thread may be cancelled; the thread, or the next one, goes on."""
     tier = await make_tier()
