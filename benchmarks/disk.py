@@ -24,6 +24,8 @@ COPIES = 10_000
 BYTES = 200
 """Of a copy: small, as it is the index that is measured."""
 
+GROUP = 8
+
 
 async def publish(tier: DiskTier, number: int) -> float:
     """Publish a copy and return the seconds that took, without writing the file."""
@@ -38,6 +40,11 @@ async def publish(tier: DiskTier, number: int) -> float:
     )  # fmt: skip
     assert copy is not None
     return perf_counter() - started
+
+
+async def publish_together(tier: DiskTier, numbers: range) -> None:
+    """Publish several copies at once; this time, writing their files is counted."""
+    await asyncio.gather(*(publish(tier, number) for number in numbers))
 
 
 async def seconds(call: Callable[[], Awaitable[object]]) -> float:
@@ -57,7 +64,10 @@ async def measure(folder: Path) -> None:
     """Fill a tier with copies, look them up, replace them, and open it again."""
     tier = DiskTier(folder, budget=COPIES * BYTES)
     await tier.open()
-    show("publish", [await publish(tier, number) for number in range(COPIES)])
+    show("publish", [await publish(tier, number) for number in range(COPIES // 2)])
+    groups = [range(first, first + GROUP) for first in range(COPIES // 2, COPIES, GROUP)]
+    times = [await seconds(partial(publish_together, tier, group)) for group in groups]
+    show(f"publish, each of {GROUP}", [time / GROUP for time in times])
     known = [f"tenant_a/{number}" for number in range(COPIES)]
     show("find, known", [await seconds(partial(tier.find, STORE, name)) for name in known])
     missing = [f"nobody/{number}" for number in range(2000)]
