@@ -245,7 +245,8 @@ class DiskTier:
     def _warn(self, kind: tuple[object, ...], message: str) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
-            logger.warning("the disk cache %s %s", self.path, message)
+            # What cannot be kept may be a name that cannot be written either.
+            logger.warning("the disk cache %s %s", self.path, message.encode(errors="backslashreplace").decode())
 
     # In a thread, under the lock
 
