@@ -1,6 +1,6 @@
 """The first call of a model, and what a new version of one costs those who call it.
 
-    python benchmarks/cold.py            about three minutes; writes benchmarks/results/cold.{json,md,png}
+    python benchmarks/cold.py            about five minutes; writes benchmarks/results/cold.{json,md,png}
     python benchmarks/cold.py --quick    seconds; shows that it works, not how fast anything is
 
 An S3 server (rclone, on this machine) has models as UBJSON and JSON. Each rival runs in a process of its own, has a
@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from botocore.session import Session
 from rich.progress import Progress
 
+import replacing
 import report
 import s3_server
 from cold_models import AS_JSON, BUCKET, MEDIUM, SMALL, make_bucket, offer
@@ -49,6 +47,8 @@ class Case:
     kind: str
     rivals: tuple[str, ...]
     concurrency: int = 1
+    apart: bool = False
+    """With a pause after each call."""
 
     @property
     def yardstick(self) -> str:
@@ -62,6 +62,7 @@ class Case:
 
 _FROM_S3 = ("s3", "s3-bare-name", "s3-keeping", "get-object-threads", "get-object")
 _FROM_DISK = ("disk", "folder", "read-threads", "read")
+_APART = ("disk", "read-threads", "read")
 _JSON = ("disk", "s3-keeping", "get-object", "s3")
 
 CASES = (
@@ -70,6 +71,8 @@ CASES = (
     Case("many", "From S3, 25 trees of depth 5, 32 at once", SMALL, (*_FROM_S3, "get-object-only"), 32),
     Case("disk-small", "From the local disk, 25 trees of depth 5 (UBJSON), one after another", SMALL, _FROM_DISK),
     Case("disk-medium", "From the local disk, 100 trees of depth 6 (UBJSON), one after another", MEDIUM, _FROM_DISK),
+    Case("disk-small-apart", "From the local disk, 25 trees, 20 ms after another", SMALL, _APART, apart=True),
+    Case("disk-medium-apart", "From the local disk, 100 trees, 20 ms after another", MEDIUM, _APART, apart=True),
     Case("json", "A JSON artifact: from the disk tier, and the first time", AS_JSON, _JSON),
 )  # fmt: skip
 
@@ -81,6 +84,8 @@ class Plan:
     rounds: int
     calls: int
     """Of a case of one client; a tenth of it with JSON."""
+    apart: float
+    """Seconds between two calls that are not to follow each other at once."""
     many: int
     """Calls where many are made at once."""
     json_trees: int
@@ -91,18 +96,22 @@ class Plan:
     """Seconds from one overwrite to the next, if that is done by then."""
 
 
-FULL = Plan(rounds=7, calls=50, many=500, json_trees=500, overwrites=100, stretches=10, pause=0.1)
-QUICK = Plan(rounds=2, calls=10, many=40, json_trees=25, overwrites=4, stretches=2, pause=0.02)
+FULL = Plan(rounds=7, calls=50, apart=0.02, many=500, json_trees=500, overwrites=100, stretches=10, pause=0.1)
+QUICK = Plan(rounds=2, calls=10, apart=0.001, many=40, json_trees=25, overwrites=4, stretches=2, pause=0.02)
 
 CLAIMS = (
     Claim("A first call from S3, 25 trees, takes at most 1.5 times get_object, load_model and predict",
           "s3-small", "p50_ratio", 1.5, True, "s3"),
     Claim("A first call from S3, 100 trees, takes at most 1.5 times get_object, load_model and predict",
           "s3-medium", "p50_ratio", 1.5, True, "s3"),
-    Claim("A first call from the disk tier, 25 trees, takes at most 1.5 times read, load_model and predict",
+    Claim("A first call from the disk tier, 25 trees, takes at most 1.5 times read, load_model and predict in a loop",
           "disk-small", "p50_ratio", 1.5, True, "disk"),
-    Claim("A first call from the disk tier, 100 trees, takes at most 1.5 times read, load_model and predict",
+    Claim("A first call from the disk tier, 100 trees, takes at most 1.5 times read, load_model and predict in a loop",
           "disk-medium", "p50_ratio", 1.5, True, "disk"),
+    Claim("A first call from the disk tier, 25 trees, takes at most 1.5 times the same by hand, 20 ms after another",
+          "disk-small-apart", "p50_ratio", 1.5, True, "disk"),
+    Claim("A first call from the disk tier, 100 trees, takes at most 1.5 times the same by hand, 20 ms after another",
+          "disk-medium-apart", "p50_ratio", 1.5, True, "disk"),
     Claim("A JSON artifact loads from the disk tier in at most a fifth of the time that its first load takes",
           "json", "p50_ratio", 0.2, True, "disk"),
     Claim("With 32 first calls at once there are at least 0.7 times as many per second as get_object alone brings",
@@ -157,14 +166,16 @@ def measure(folder: Path, plan: Plan, cases: list[Case]) -> dict[str, Any]:
     make_bucket(folder, versions=plan.overwrites, json_trees=plan.json_trees)
     offers = _offers(folder, plan, cases)
     (folder / "buckets" / BUCKET / NAME).write_bytes((folder / "versions" / "0").read_bytes())
-    with s3_server.s3_server(folder / "buckets") as environment:
-        with ExitStack() as stack:
-            contenders = {
-                key: stack.enter_context(Contender(key, folder, script="cold_rivals.py", environment=environment))
-                for key in keys
-            }
-            results["cases"] = _take_turns(contenders, plan, cases, offers)
-        results["swaps"] = _swap(folder, plan, environment)
+    with s3_server.s3_server(folder / "buckets") as environment, ExitStack() as stack:
+        contenders = {
+            key: stack.enter_context(Contender(key, folder, script="cold_rivals.py", environment=environment))
+            for key in keys
+        }
+        results["cases"] = _take_turns(contenders, plan, cases, offers)
+    with s3_server.s3_server(folder / "buckets", niceness=replacing.NICE) as environment:
+        results["swaps"] = replacing.measure(
+            folder, environment, overwrites=plan.overwrites, stretches=plan.stretches, pause=plan.pause
+        )
     return results
 
 
@@ -192,7 +203,8 @@ def _take_turns(
         for number in progress.track(range(-1, plan.rounds), description="Rounds"):
             for case in cases:
                 for rival in case.rivals:
-                    found = _turn(case, contenders[rival], offers[number, case.key, rival])
+                    pause = plan.apart if case.apart else 0.0
+                    found = _turn(case, contenders[rival], offers[number, case.key, rival], pause)
                     if number >= 0:  # the one before opens connections, and has each library warm up
                         seen.setdefault((case.key, rival), []).append(found)
             for contender in contenders.values():
@@ -204,92 +216,11 @@ def _take_turns(
     ]
 
 
-def _turn(case: Case, contender: Contender, names: Names) -> Round:
+def _turn(case: Case, contender: Contender, names: Names, pause: float) -> Round:
     if contender.key == "disk":  # it is the second load that is measured
         contender.ask_first(ONE, case.concurrency, names)
         contender.forget()
-    return contender.ask_first(ONE, case.concurrency, names)
-
-
-# A new version, again and again
-
-
-def _swap(folder: Path, plan: Plan, environment: dict[str, str]) -> dict[str, Any]:
-    versions = iter(range(1, plan.overwrites + 1))
-    share = plan.overwrites // plan.stretches
-    quiet, overwriting, refreshes = [], [], []
-    client = _client(environment)
-    with Contender("swapping", folder, script="swapping.py", environment=environment) as contender:
-        for _ in range(plan.stretches):
-            contender.order(do="begin")
-            time.sleep(share * plan.pause)
-            quiet.append(contender.order(do="end"))
-            contender.order(do="begin")
-            refreshes += [_overwrite(client, contender, folder, next(versions), plan.pause) for _ in range(share)]
-            overwriting.append(contender.order(do="end"))
-    limit = 3 * float(np.percentile(_seconds(quiet), 99))
-    swaps = {
-        "quiet": _calls_seen(quiet, limit),
-        "overwriting": _calls_seen(overwriting, limit),
-        "limit": round(limit * 1e6, 1),
-        "refresh": {"overwrites": len(refreshes), **_percentiles(refreshes)},
-    }
-    return swaps | {"claims": _check_swaps(swaps)}
-
-
-def _client(environment: dict[str, str]) -> Any:
-    """Return a blocking client: this process has nothing else to do."""
-    return Session().create_client(
-        "s3", endpoint_url=environment["AWS_ENDPOINT_URL_S3"], region_name=environment["AWS_DEFAULT_REGION"],
-        aws_access_key_id=environment["AWS_ACCESS_KEY_ID"], aws_secret_access_key=environment["AWS_SECRET_ACCESS_KEY"],
-    )  # fmt: skip
-
-
-def _overwrite(client: Any, contender: Contender, folder: Path, version: int, pause: float) -> float:
-    """Replace the object and have the new version served; return the seconds that the latter took."""
-    until = time.monotonic() + pause
-    client.put_object(Bucket=BUCKET, Key=NAME, Body=(folder / "versions" / str(version)).read_bytes())
-    seconds: float = contender.order(do="refresh")["seconds"]
-    time.sleep(max(0.0, until - time.monotonic()))
-    return seconds
-
-
-def _seconds(stretches: list[dict[str, Any]]) -> list[float]:
-    return [seconds for stretch in stretches for seconds in stretch["calls"]]
-
-
-def _calls_seen(stretches: list[dict[str, Any]], limit: float) -> dict[str, Any]:
-    """Return the times of all calls in microseconds, and how many took more than ``limit`` seconds."""
-    seconds = _seconds(stretches)
-    return {
-        "calls": len(seconds),
-        **_percentiles(seconds),
-        "slow": sum(taken > limit for taken in seconds),
-        "failed": sum(stretch["failed"] for stretch in stretches),
-        "stale": sum(stretch["stale"] for stretch in stretches),
-    }
-
-
-def _percentiles(seconds: list[float]) -> dict[str, float]:
-    found = np.percentile(seconds, (50, 99, 99.9, 100)) * 1e6
-    return {name: round(float(value), 1) for name, value in zip(("p50", "p99", "p99.9", "max"), found, strict=True)}
-
-
-def _check_swaps(swaps: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the claims about overwriting, and what was seen of them."""
-    seen, quiet = swaps["overwriting"], swaps["quiet"]
-    slow = (
-        f"{seen['slow']:,} of {seen['calls']:,} did, the longest {seen['max'] / 1000:,.1f} ms; while nothing was "
-        f"overwritten {quiet['slow']:,} of {quiet['calls']:,} did, the longest {quiet['max'] / 1000:,.1f} ms"
-    )
-    text = f"{swaps['refresh']['overwrites']} overwrites let no call"
-    limit = f"{text} take more than 3 times the quiet p99, which is {swaps['limit'] / 1000:.1f} ms"
-    current = "Each answer is from the version that was current when the call was made, or from a newer one"
-    return [
-        {"claim": f"{text} fail", "met": not seen["failed"], "seen": f"{seen['failed']:,} did"},
-        {"claim": limit, "met": not seen["slow"], "seen": slow},
-        {"claim": current, "met": not seen["stale"], "seen": f"{seen['stale']:,} were not"},
-    ]
+    return contender.ask_first(ONE, case.concurrency, names, pause=pause)
 
 
 # Reporting
@@ -301,23 +232,7 @@ def make_tables(results: dict[str, Any]) -> list[report.Table]:
         case_table(case.title, [entry for entry in results["cases"] if entry["case"] == case.key], results["rivals"])
         for case in CASES
     ]
-    return [*tables, _swaps_table(results)]
-
-
-def _swaps_table(results: dict[str, Any]) -> report.Table:
-    settings, swaps = results["settings"], results["swaps"]
-    seen = {"quiet": swaps["quiet"], "overwritten and refreshed": swaps["overwriting"]}
-    rows = [
-        (label, f"{calls['calls']:,}", *_times(calls), *(f"{calls[name]:,}" for name in ("slow", "failed", "stale")))
-        for label, calls in seen.items()
-    ]
-    rows.append(("refresh itself", str(swaps["refresh"]["overwrites"]), *_times(swaps["refresh"]), "", "", ""))
-    columns = ("", "calls", "p50 µs", "p99 µs", "p99.9 µs", "max µs", "over 3x quiet p99", "failed", "of no version")
-    return report.Table(f"A model is replaced while {settings['callers']} clients call it", columns, rows)
-
-
-def _times(seen: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(report.short(seen[name]) for name in ("p50", "p99", "p99.9", "max"))
+    return [*tables, replacing.make_table(results)]
 
 
 def _claims(results: dict[str, Any]) -> Iterator[str]:
@@ -340,12 +255,17 @@ def _page(results: dict[str, Any], tables: list[report.Table]) -> str:
   NAME.tar.gz and NAME.ubj, at once, in each of these calls.
 * "on the loop" lets everything else in the app wait while it reads, loads or predicts: the floor. What is read from the
   disk is in the page cache; modelcache checks its SHA-256 besides, and all it loads is measured.
+* One right after another, the loop by hand does nothing else and has the processor's caches to itself; modelcache's
+  steps are in two processes, each of which waits for the other. A first call in an app comes after something else: that
+  is what the cases with {1000 * settings["apart"]:g} ms between two calls are for (calls/s says nothing there).
 * The JSON artifact has {settings["json_trees"]} trees of depth 6. Its copy in the disk tier is UBJSON.
 * Correct: every answer is compared with `Booster.predict(DMatrix(rows))`, bit for bit.
 * Overwriting: {settings["overwrites"]} versions, one every {settings["pause"]:g} s, in {settings["stretches"]}
-  stretches with quiet ones of the same length between them; `refresh(name)` follows each. The clients are in the
-  serving process, the bucket is written by another. "of no version": an answer that is neither that of the version
-  which the last refresh before the call returned, nor of one that was asked for since."""
+  stretches with quiet ones of the same length between them, and others in which a process that has to do with none of
+  this computes for {1000 * replacing.COMPUTES:g} ms each time; `refresh(name)` follows each overwrite. The clients are
+  in the serving process; the server of the bucket, and the process that writes it, have the processor when nobody else
+  wants it (`nice`): they are on other machines as a rule. "of no version": an answer that is neither that of the
+  version which the last refresh before the call returned, nor of one that was asked for since."""
     claims = "\n".join(f"* {line}" for line in _claims(results))
     parts = ("## First calls, and new versions", report.describe(results), "![plot](cold.png)", claims)
     return "\n\n".join([*parts, *(table.markdown() for table in tables), "### How to read this" + "\n" + notes]) + "\n"

@@ -52,11 +52,11 @@ class Record:
     elapsed: float = 0.0
 
 
-async def closed_loop(rival: Rival, questions: Iterator[Question], concurrency: int) -> Record:
+async def closed_loop(rival: Rival, questions: Iterator[Question], concurrency: int, *, pause: float = 0.0) -> Record:
     """Let ``concurrency`` clients ask until there are no more questions, each one after another.
 
-    All ask their first question in the same moment, and the next in the moment they have the last answer: whatever
-    keeps them from doing so counts.
+    All ask their first question in the same moment, and the next in the moment they have the last answer, or ``pause``
+    seconds later: whatever else keeps them from doing so counts.
     Answers are kept and compared when the clock has stopped.
     """
     record = Record()
@@ -72,7 +72,10 @@ async def closed_loop(rival: Rival, questions: Iterator[Question], concurrency: 
             record.asked.append(question)
             record.answers.append(answer)
             asked = now
-            if polite:
+            if pause:
+                await asyncio.sleep(pause)
+                asked = perf_counter()
+            elif polite:
                 await asyncio.sleep(0)
 
     started = perf_counter()
@@ -100,10 +103,12 @@ def figures(rival: Rival, record: Record, cpu_seconds: float) -> dict[str, float
     }
 
 
-async def measured(rival: Rival, questions: Iterator[Question], concurrency: int) -> dict[str, float]:
+async def measured(
+    rival: Rival, questions: Iterator[Question], concurrency: int, *, pause: float = 0.0
+) -> dict[str, float]:
     """Run, and report."""
     before = _cpu_seconds()
-    record = await closed_loop(rival, questions, concurrency)
+    record = await closed_loop(rival, questions, concurrency, pause=pause)
     return figures(rival, record, _cpu_seconds() - before)
 
 
@@ -139,7 +144,7 @@ async def _obey(rival: Rival, kinds: dict[str, list[Question]], order: dict[str,
     if "names" in order:  # first calls
         by_name = {question.name: question for question in questions}
         first = [Question(new, by_name[name].rows, by_name[name].expected) for new, name in order["names"]]
-        return await measured(rival, iter(first), concurrency)
+        return await measured(rival, iter(first), concurrency, pause=order["pause"])
     await closed_loop(rival, _for_a_while(questions, order["warm_up"]), concurrency)
     return await measured(rival, _for_a_while(questions, order["seconds"]), concurrency)
 
@@ -192,9 +197,14 @@ class Contender:
         """
         return self.order(kind=kind, concurrency=concurrency, seconds=seconds, warm_up=warm_up)
 
-    def ask_first(self, kind: str, concurrency: int, names: list[tuple[str, str]]) -> dict[str, float]:
-        """Have one question asked under each of ``names``, pairs of a new name and the model's own."""
-        return self.order(kind=kind, concurrency=concurrency, names=names)
+    def ask_first(
+        self, kind: str, concurrency: int, names: list[tuple[str, str]], *, pause: float = 0.0
+    ) -> dict[str, float]:
+        """Have one question asked under each of ``names``, pairs of a new name and the model's own.
+
+        Each client makes a ``pause``, in seconds, after each answer.
+        """
+        return self.order(kind=kind, concurrency=concurrency, names=names, pause=pause)
 
     def forget(self) -> None:
         """Have all models leave the memory."""

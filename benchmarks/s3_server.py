@@ -20,14 +20,17 @@ _PATIENCE = 30.0
 
 
 @contextmanager
-def s3_server(buckets: Path) -> Iterator[dict[str, str]]:
-    """Serve ``buckets``, and yield the environment by which a client of S3 finds the server and is let in."""
+def s3_server(buckets: Path, *, niceness: int = 0) -> Iterator[dict[str, str]]:
+    """Serve ``buckets``, and yield the environment by which a client of S3 finds the server and is let in.
+
+    With a ``niceness`` the server has the processor only while others leave it, as if it were on another machine.
+    """
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     process = subprocess.Popen(
         [
-            _rclone(), "serve", "s3", "--auth-key", ",".join(_KEYS), "--addr", f"127.0.0.1:{port}",
-            "--config", "", "--dir-cache-time", "1h", str(buckets),
+            "nice", "-n", str(niceness), _rclone(), "serve", "s3", "--auth-key", ",".join(_KEYS),
+            "--addr", f"127.0.0.1:{port}", "--config", "", "--dir-cache-time", "1h", str(buckets),
         ],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"HOME": str(buckets)},
     )  # fmt: skip

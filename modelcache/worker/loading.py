@@ -378,14 +378,10 @@ def _rows_in(payload: memoryview, count: int) -> Matrix | None:
 
 def _read_copy(arriving: _Arriving, path: str) -> None:
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            left = os.fstat(descriptor).st_size
-            while chunk := os.read(descriptor, min(max(left, 1), _CHUNK)):
-                arriving.feed(chunk)
-                left -= len(chunk)
-        finally:
-            os.close(descriptor)
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - a Path takes as long to make as this to open
+            chunk = memoryview(bytearray(min(os.fstat(file.fileno()).st_size, _CHUNK) or 1))
+            while count := file.readinto(chunk):
+                arriving.feed(chunk[:count])
     except OSError as error:
         raise ArtifactError("corrupt", f"the copy cannot be read: {error}") from error
 

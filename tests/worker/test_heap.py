@@ -147,11 +147,12 @@ def test_freed_bytes_go_back_to_the_system(worker: LoneWorker) -> None:
 
 
 @linux
-@pytest.mark.parametrize(("output", "count"), [("value", 80_000), ("leaf", 10_000)])
-def test_answers_take_no_memory_for_good(worker: LoneWorker, output: str, count: int) -> None:
+@pytest.mark.parametrize(("output", "count", "limit"), [("value", 80_000, 10 << 20), ("leaf", 10_000, 20 << 20)])
+def test_answers_take_no_memory_for_good(worker: LoneWorker, output: str, count: int, limit: int) -> None:
     """Rule L1: XGBoost keeps the largest answer of each model, outside the measured bytes, unloaded or not.
 
-    If batches were not predicted in pieces, these 40 models would keep 12 MiB of values, and 76 MiB of leaves.
+    If batches were not predicted in pieces, these 40 models would keep 12 MiB of values, and 76 MiB of leaves. What
+    one call takes for a moment is a few MiB, which the worker may return meanwhile, and has to fetch again.
     """
     models, data, rows = range(40), zoo.model(trees=50).ubj, zoo.rows(count)
     for number in models:
@@ -160,8 +161,7 @@ def test_answers_take_no_memory_for_good(worker: LoneWorker, output: str, count:
     before = resident(worker)
     for number in models:
         worker.values(1, number, rows, output=output)
-    grown = resident(worker) - before
-    assert grown < 5 << 20
+    assert resident(worker) - before < limit
 
 
 ALLOCATOR = """
