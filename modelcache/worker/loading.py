@@ -44,8 +44,8 @@ T = TypeVar("T")
 _CHUNK = 1 << 20
 """Bytes of a copy read at once."""
 
-_IDLE = 0.02
-"""Seconds without a frame after which there is time for chores."""
+_PAUSE, _REST = 0.02, 1.0
+"""Seconds without a frame after which there is time for a reading, and for returning what is free."""
 
 _TRIM_AFTER, _TRIM_SHARE = 256 << 10, 1 / 16
 """Freed bytes that may stay with the allocator, and their share of the models' bytes. Returning them walks through the
@@ -164,8 +164,8 @@ class ArtifactLane:
             frames = self._inbox.frames()
             for (_, kind, _, _, model, number), payload in frames:
                 self._take(kind, model, number, payload)
-            if not frames and not select([self._sock], (), (), _IDLE)[0]:
-                self._do_chores()
+            if not frames:
+                self._do_a_chore()
             elif self._free() - self._parsed >= _TRIM_BUSY * self._may_stay_free():
                 self._trim()
 
@@ -336,13 +336,20 @@ class ArtifactLane:
     # What can wait until there is nothing else to do
 
     def _has_chores(self) -> bool:
-        return self._free() >= self._may_stay_free() or (self._scales.is_disturbed and not self._arriving)
+        return self._needs_reading() or self._free() >= self._may_stay_free()
 
-    def _do_chores(self) -> None:
-        if self._free() >= self._may_stay_free():
-            self._trim()
-        if not self._arriving:
+    def _do_a_chore(self) -> None:
+        """Do one, unless a frame comes first."""
+        reads = self._needs_reading()
+        if select([self._sock], (), (), _PAUSE if reads else _REST)[0]:
+            return
+        if reads:
             self._scales.come_to_rest()
+        else:
+            self._trim()
+
+    def _needs_reading(self) -> bool:
+        return self._scales.is_disturbed and not self._arriving
 
     def _free(self) -> int:
         """Return the bytes that the allocator has free, about: those of models that left, and what parsing took."""
