@@ -102,7 +102,8 @@ class Answering:
     async def _take_cold(self, name: str, call: Call, trace: Trace | None) -> Entry[Resident]:
         started = time.perf_counter()
         check_name(name)
-        await self._started_by(call.deadline)
+        if self._life.loop is not asyncio.get_running_loop():
+            await self._started_by(call.deadline)
         entry = self._leasing.take_resident(name)
         if entry is None:
             entry = await self._leasing.take_cold(name, call.deadline, call)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -185,8 +186,8 @@ class ArtifactChannel(Channel):
 
     def open(self, model: int, allowed: int, path: str, digest: str) -> Loading:
         """Announce a local copy, as :meth:`begin` does with what is sent; nothing is to be fed."""
-        facts = json.dumps({"path": path, "digest": digest}).encode()
-        loading = self._loadings[model] = Loading(self, model, _frame(wire.OPEN, model, allowed, facts))
+        copy = bytes.fromhex(digest) + os.fsencode(path)
+        loading = self._loadings[model] = Loading(self, model, _frame(wire.OPEN, model, allowed, copy))
         return loading
 
     def unload(self, model: int) -> None:

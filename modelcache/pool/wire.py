@@ -18,8 +18,8 @@ Every header starts with the payload's length, then the kind of the frame:
                                  told by NEED what the first chunk announces
                                  payload: JSON with the `digest` of the artifact (SHA-256, hexadecimal) if it is known,
                                  and `save`, a path to write the model to once it has loaded, if that is wanted
-    OPEN     model, allowed      BEGIN for a local copy, which the worker reads by itself; payload: JSON with its `path`
-                                 and `digest`
+    OPEN     model, allowed      BEGIN for a local copy, which the worker reads by itself
+                                 payload: its SHA-256 (32 bytes), and its path
     CHUNK    model               payload: the next bytes of the artifact
     END      model, rows         the artifact is complete: compare its digest, and load it
                                  payload: the rows of the call that loads it, float32, row-major, if they are few
@@ -67,6 +67,9 @@ REPLY = Struct("<IBBHIIIIf")
 
 ARTIFACT = Struct("<IBBHIQ")
 """Artifact lane, both directions: payload length, kind, dimensions, 0, model, bytes or rows."""
+
+DIGEST = 32
+"""Bytes of a SHA-256."""
 
 PAYLOAD_LIMIT = 1 << 20
 """Largest payload the parent puts into one frame, unless a single row is larger."""

@@ -34,17 +34,17 @@ class ArtifactReader:
     """Takes an artifact chunk by chunk, and gives back the one model in it.
 
     With ``any_format`` what is not an archive is passed on as it is, and so is an archive's one file: another predictor
-    than the one for XGBoost knows its own format. What is ``raw`` is no archive, whatever it looks like.
+    than the one for XGBoost knows its own format.
 
     An error is raised as soon as the bytes so far allow it; after one the reader is of no further use. How
     the bytes are cut into chunks changes when an error is raised, never which one, nor the result.
     """
 
-    def __init__(self, *, limits: Limits = _DEFAULT_LIMITS, any_format: bool = False, raw: bool = False) -> None:
+    def __init__(self, *, limits: Limits = _DEFAULT_LIMITS, any_format: bool = False) -> None:
         self._limits = limits
         self._any_format = any_format
         self._head = bytearray()
-        self._stage: _Stage | None = _Raw(limits, any_format=any_format) if raw else None
+        self._stage: _Stage | None = None
 
     @property
     def declared(self) -> int:
@@ -61,6 +61,12 @@ class ArtifactReader:
             if len(self._head) < BLOCK and not self._head.startswith(GZIP):
                 return
         self._opened().feed(data)
+
+    def adopt(self, data: bytearray) -> None:
+        """Take all of what is no archive, whatever it looks like, and do not copy it."""
+        if len(data) > self._limits.max_unpacked:
+            raise too_many_bytes(self._limits)
+        self._stage = _Raw(self._limits, data, any_format=self._any_format)
 
     def finish(self) -> Unpacked:
         """Say that there are no more chunks, and return the model."""
@@ -89,7 +95,7 @@ def _stage_for(head: bytes, limits: Limits, *, any_format: bool) -> _Stage:
     if checksum_holds(head):
         return Tar(limits, "tar", any_format=any_format)
     if head.startswith(b"{") or (any_format and head):
-        return _Raw(limits, any_format=any_format)
+        return _Raw(limits, bytearray(), any_format=any_format)
     if has_tar_magic(head):
         return Tar(limits, "tar")  # which will say what is wrong with it
     raise refusal(head, "the artifact")
@@ -98,10 +104,10 @@ def _stage_for(head: bytes, limits: Limits, *, any_format: bool) -> _Stage:
 class _Raw:
     """The artifact is the model."""
 
-    def __init__(self, limits: Limits, *, any_format: bool) -> None:
+    def __init__(self, limits: Limits, data: bytearray, *, any_format: bool) -> None:
         self._limits = limits
         self._any_format = any_format
-        self._data = bytearray()
+        self._data = data
 
     @property
     def declared(self) -> int:

@@ -13,6 +13,10 @@ from __future__ import annotations
 import ctypes
 import re
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _M_MMAP_THRESHOLD = -3
 _LARGEST_ARENA_CHUNK = 32 << 20  # glibc's upper bound for the threshold on 64-bit systems
@@ -73,6 +77,8 @@ class Scales:
         """Bytes in use when nothing is loading; None when they are not known any more."""
         self._before = 0
         self._beside: int | None = None
+        self._ahead = 0
+        """Bytes in use already that belong to the model which is weighed next."""
 
     def begin(self, beside: int | None) -> None:
         """Begin with a model; ``beside`` bytes are held until its end, and were not before; None: nobody knows."""
@@ -87,20 +93,24 @@ class Scales:
         after = self._heap.in_use()
         if self._beside is not None:
             self._rest = after - self._beside
-        return after - self._before
-
-    @property
-    def is_disturbed(self) -> bool:
-        """True if a reading is due; it can wait until there is time for it."""
-        return self._rest is None
+        weight, self._ahead = after - self._before + self._ahead, 0
+        return weight
 
     def disturb(self) -> None:
-        """Something was freed; how much it was is not certain, and errors would add up."""
+        """Something was freed; how much it was is not certain, and errors would add up: another reading is due."""
         self._rest = None
 
     def come_to_rest(self) -> None:
         """Take the reading that is due; nothing must be arriving."""
         self._rest = self._heap.in_use()
+
+    def set_aside(self, make: Callable[[], None]) -> None:
+        """Come to rest, and ``make`` something that the next model is to have."""
+        self.come_to_rest()
+        before, self._rest = self._rest or 0, None
+        make()
+        self.come_to_rest()
+        self._ahead += (self._rest or 0) - before
 
 
 def _handed_out(report: bytes, start: int) -> int:

@@ -41,9 +41,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_CHUNK = 1 << 20
-"""Bytes of a copy read at once."""
-
 _PAUSE, _REST = 0.02, 1.0
 """Seconds without a frame after which there is time for a reading, and for returning what is free."""
 
@@ -69,10 +66,8 @@ _ESTIMATED_HEAP = 1.65
 class _Arriving:
     """An artifact of which not all has come yet, or which waits for its reservation to grow."""
 
-    def __init__(
-        self, allowed: int, digest: str | None, *, save: str | None = None, any_format: bool, raw: bool = False
-    ) -> None:
-        self.reader = ArtifactReader(any_format=any_format, raw=raw)
+    def __init__(self, allowed: int, digest: str | None, *, save: str | None = None, any_format: bool) -> None:
+        self.reader = ArtifactReader(any_format=any_format)
         self.allowed = allowed
         self.asked = 0
         self.complete = False
@@ -90,6 +85,13 @@ class _Arriving:
         if self._hash is not None:
             self._hash.update(chunk)
         self.reader.feed(chunk)
+
+    def adopt(self, data: bytearray) -> None:
+        """Take all of a local copy."""
+        self.holds_bytes = True
+        if self._hash is not None:
+            self._hash.update(data)
+        self.reader.adopt(data)
 
     def finish(self) -> None:
         """Say that there are no more chunks; an artifact that is not the announced one is refused."""
@@ -147,6 +149,8 @@ class ArtifactLane:
         self._arriving: dict[int, _Arriving] = {}
         self._held = self._most_held = 0
         """Bytes of the models, and the most that they were since what is free was returned."""
+        self._prepared = False
+        """True while the next load can begin without a reading, and with a booster that is there already."""
         self._parsed = 0
         """Bytes that the largest parse since then has left free."""
 
@@ -190,7 +194,7 @@ class ArtifactLane:
         if kind == wire.BEGIN:
             self._arriving[model] = self._announced(number, **_facts_in(payload))
         elif kind == wire.OPEN:
-            self._open(model, number, **_facts_in(payload))
+            self._open(model, number, *_copy_in(payload))
         elif kind == wire.UNLOAD:
             self._unload(model)
         elif kind == wire.MEASURE:
@@ -207,17 +211,17 @@ class ArtifactLane:
         except ArtifactError as error:
             self._fail(model, error.kind, str(error), error.facts)
 
-    def _open(self, model: int, allowed: int, path: str, digest: str) -> None:
+    def _open(self, model: int, allowed: int, digest: str, path: bytes) -> None:
         self._get_ready_to_hash()
         any_format = self._predictor is not XGBoostPredictor
-        arriving = self._arriving[model] = _Arriving(allowed, digest, any_format=any_format, raw=True)
+        arriving = self._arriving[model] = _Arriving(allowed, digest, any_format=any_format)
         with self._refusing(model):
-            _read_copy(arriving, path)
+            arriving.adopt(_read(path))
 
     def _get_ready_to_hash(self) -> None:
         if "hashlib" not in sys.modules:
             _new_hash()
-            self._scales.disturb()  # what OpenSSL allocates, once, is no model's
+            self._disturb()  # what OpenSSL allocates, once, is no model's
 
     def _announced(self, allowed: int, digest: str | None = None, save: str | None = None) -> _Arriving:
         if digest is not None:
@@ -244,6 +248,7 @@ class ArtifactLane:
 
     def _load(self, model: int, unpacked: Unpacked) -> None:
         self._scales.begin(self._bytes_beside(model, unpacked))
+        self._prepared = False
         started = perf_counter()
         self._box.parsing = model
         parsed = self._parse(model, unpacked)
@@ -326,30 +331,40 @@ class ArtifactLane:
         if loaded is not None:
             _run_in_thread_of_its_own(loaded.free)
             self._held -= loaded.size
-            self._scales.disturb()
+            self._disturb()
         self._send(wire.UNLOADED, model)
 
     def _fail(self, model: int, kind: str, message: str, facts: dict[str, Any] | None = None) -> None:
         del self._arriving[model]
         self._send(wire.FAILED, model, 0, {"kind": kind, "message": message, "facts": facts or {}})
 
+    def _disturb(self) -> None:
+        self._scales.disturb()
+        self._prepared = False
+
     # What can wait until there is nothing else to do
 
     def _has_chores(self) -> bool:
-        return self._needs_reading() or self._free() >= self._may_stay_free()
+        return self._can_prepare() or self._free() >= self._may_stay_free()
 
     def _do_a_chore(self) -> None:
         """Do one, unless a frame comes first."""
-        reads = self._needs_reading()
-        if select([self._sock], (), (), _PAUSE if reads else _REST)[0]:
+        prepares = self._can_prepare()
+        if select([self._sock], (), (), _PAUSE if prepares else _REST)[0]:
             return
-        if reads:
-            self._scales.come_to_rest()
+        if prepares:
+            self._prepare()
         else:
             self._trim()
 
-    def _needs_reading(self) -> bool:
-        return self._scales.is_disturbed and not self._arriving
+    def _can_prepare(self) -> bool:
+        return not self._prepared and not self._arriving
+
+    def _prepare(self) -> None:
+        """Do ahead what the next load would have to do."""
+        if self._predictor is XGBoostPredictor:
+            self._scales.set_aside(lambda: XGBoostPredictor.prepare(threads=self._threads))
+        self._prepared = True
 
     def _free(self) -> int:
         """Return the bytes that the allocator has free, about: those of models that left, and what parsing took."""
@@ -374,6 +389,11 @@ def _frame(kind: int, model: int, dimensions: int, number: int, payload: bytes) 
     return wire.ARTIFACT.pack(len(payload), kind, dimensions, 0, model, number) + payload
 
 
+def _copy_in(payload: memoryview) -> tuple[str, bytes]:
+    """Return the digest and the path that an OPEN frame has."""
+    return payload[: wire.DIGEST].hex(), bytes(payload[wire.DIGEST :])
+
+
 def _facts_in(payload: memoryview) -> dict[str, Any]:
     facts: dict[str, Any] = json.loads(bytes(payload)) if payload else {}
     return facts
@@ -383,14 +403,17 @@ def _rows_in(payload: memoryview, count: int) -> Matrix | None:
     return np.frombuffer(bytes(payload), np.float32).reshape(count, -1) if count else None
 
 
-def _read_copy(arriving: _Arriving, path: str) -> None:
+def _read(path: bytes) -> bytearray:
+    """Return the content of a file; if it is changed meanwhile, anything that has its digest no more."""
     try:
         with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - a Path takes as long to make as this to open
-            chunk = memoryview(bytearray(min(os.fstat(file.fileno()).st_size, _CHUNK) or 1))
-            while count := file.readinto(chunk):
-                arriving.feed(chunk[:count])
+            data = bytearray(os.fstat(file.fileno()).st_size)
+            rest = memoryview(data)
+            while count := file.readinto(rest):
+                rest = rest[count:]
     except OSError as error:
         raise ArtifactError("corrupt", f"the copy cannot be read: {error}") from error
+    return data
 
 
 def _write_new(path: Path, data: bytes | bytearray) -> None:

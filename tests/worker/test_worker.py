@@ -421,8 +421,7 @@ def test_a_model_is_saved_in_the_form_that_loads_fastest(
     assert saved.facts == {"digest": digest}
     assert path.stat().st_mode & 0o777 == 0o600
     assert form == "json" or copy == model.ubj
-    facts = {"path": str(path), "digest": digest}
-    xgboost_worker.command(wire.OPEN, 36, 1 << 30, json.dumps(facts).encode())
+    xgboost_worker.command(wire.OPEN, 36, 1 << 30, bytes.fromhex(digest) + bytes(path))
     xgboost_worker.command(wire.END, 36)
     report = xgboost_worker.report()
     assert report.kind == wire.LOADED
@@ -495,8 +494,8 @@ def test_a_damaged_copy_is_refused_before_it_is_parsed(xgboost_worker: LoneWorke
     digest = hashlib.sha256(data).hexdigest()
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    for number, facts in enumerate(({"path": str(path)}, {"path": str(tmp_path / "gone")}), 38):
-        xgboost_worker.command(wire.OPEN, number, 1 << 30, json.dumps(facts | {"digest": digest}).encode())
+    for number, found in enumerate((path, tmp_path / "gone"), 38):
+        xgboost_worker.command(wire.OPEN, number, 1 << 30, bytes.fromhex(digest) + bytes(found))
         xgboost_worker.command(wire.END, number)
         report = xgboost_worker.report()
         assert (report.kind, report.facts["kind"]) == (wire.FAILED, "corrupt")
