@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 _M_MMAP_THRESHOLD = -3
 _LARGEST_ARENA_CHUNK = 32 << 20  # glibc's upper bound for the threshold on 64-bit systems
 
+_TOLERATED, _TOLERATED_SHARE = 256 << 10, 1 / 16
+"""Bytes that may stay with the allocator for good, or their share of the models' bytes."""
+_PRESSING = 4
+"""So many times as many may stay while loads follow each other."""
+
+_PARSED = {"ubj": 3, "json": 11, "other": 1}
+"""Bytes that parsing takes at its peak, per byte of the model, beyond what stays."""
+
 _TOTALS = re.compile(
     rb'<total type="fast" count="\d+" size="(\d+)"/>\s*'
     rb'<total type="rest" count="\d+" size="(\d+)"/>\s*'
@@ -111,6 +119,53 @@ class Scales:
         make()
         self.come_to_rest()
         self._ahead += (self._rest or 0) - before
+
+
+class Slack:
+    """What the allocator has free, about, and when the system is to have it back.
+
+    Freeing alone leaves the process as large as it was. Returning what is free walks through the whole heap and takes
+    up to milliseconds, and what was returned has to be fetched page by page for the next load.
+    """
+
+    def __init__(self, heap: Heap) -> None:
+        self._heap = heap
+        self._held = self._most_held = 0
+        """Bytes of the models, and the most that they were since what is free was returned."""
+        self._parsed = 0
+        """Bytes that the largest parse since then has left free."""
+
+    def loaded(self, size: int) -> None:
+        """A model of ``size`` bytes has come."""
+        self._held += size
+        self._most_held = max(self._held, self._most_held)
+
+    def unloaded(self, size: int) -> None:
+        """A model of ``size`` bytes has left."""
+        self._held -= size
+
+    def parsed(self, form: str, size: int) -> None:
+        """A model was parsed from ``size`` bytes: what that took beside is free again."""
+        self._parsed = max(self._parsed, _PARSED[form] * size)
+
+    @property
+    def is_due(self) -> bool:
+        """True if it should be given back when there is nothing else to do."""
+        return self._most_held - self._held + self._parsed >= self._tolerated
+
+    @property
+    def is_pressing(self) -> bool:
+        """True if more models have left than those that come next are likely to take the place of."""
+        return self._most_held - self._held >= _PRESSING * self._tolerated
+
+    def give_back(self) -> None:
+        """Return it to the system."""
+        self._heap.trim()
+        self._most_held, self._parsed = self._held, 0
+
+    @property
+    def _tolerated(self) -> float:
+        return max(_TOLERATED, self._held * _TOLERATED_SHARE)
 
 
 def _handed_out(report: bytes, start: int) -> int:

@@ -13,7 +13,7 @@ import sys
 from contextlib import contextmanager
 from os import sched_yield
 from pathlib import Path
-from select import select
+from select import POLLIN, poll
 from threading import Thread
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -21,16 +21,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 
 from modelcache.pool import wire
-from modelcache.worker.artifact import ArtifactError, ArtifactReader
+from modelcache.worker.arriving import Arriving, new_hash, read_copy
+from modelcache.worker.artifact import ArtifactError
 from modelcache.worker.bound import growing_by, most_bytes
-from modelcache.worker.heap import Scales
+from modelcache.worker.describing import facts_of
+from modelcache.worker.heap import Scales, Slack
 from modelcache.worker.inbox import Inbox
 from modelcache.worker.models import LoadedModel
 from modelcache.worker.predictors import PredictorFaultError, XGBoostPredictor, described, no_message
 
 if TYPE_CHECKING:
     import socket
-    from _hashlib import HASH
     from collections.abc import Callable, Iterator
 
     from modelcache.pool.blackbox import BlackBox
@@ -41,17 +42,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_PAUSE, _REST = 0.02, 1.0
-"""Seconds without a frame after which there is time for a reading, and for returning what is free."""
-
-_TRIM_AFTER, _TRIM_SHARE = 256 << 10, 1 / 16
-"""Freed bytes that may stay with the allocator, and their share of the models' bytes. Returning them walks through the
-whole heap and takes up to milliseconds, and what is returned has to be fetched page by page for the next load."""
-_TRIM_BUSY = 4
-"""So many times as many may stay while there is something to do: the next load is most likely to use them."""
-
-_PARSED = {"ubj": 3, "json": 11, "other": 1}
-"""Bytes that parsing takes at its peak, per byte of the model, beyond what stays."""
+_PAUSE, _REST = 20, 1000
+"""Milliseconds without a frame after which there is time for a reading, and for returning what is free."""
 
 _LEAST_PLAUSIBLE, _MOST_PLAUSIBLE = 0.5, 4.0
 """Heap per unpacked byte of the models seen lies between 0.98 and 1.63."""
@@ -61,70 +53,6 @@ _FIXED_HEAP = 256 << 10
 
 _ESTIMATED_HEAP = 1.65
 """Heap per unpacked byte where the allocator tells nothing."""
-
-
-class _Arriving:
-    """An artifact of which not all has come yet, or which waits for its reservation to grow."""
-
-    def __init__(self, allowed: int, digest: str | None, *, save: str | None = None, any_format: bool) -> None:
-        self.reader = ArtifactReader(any_format=any_format)
-        self.allowed = allowed
-        self.asked = 0
-        self.complete = False
-        self.save = save
-        self.rows: Matrix | None = None
-        """What to predict as soon as it is loaded."""
-        self.holds_bytes = False
-        """True once chunks have come."""
-        self._digest = digest or ""
-        self._hash = _new_hash() if digest else None
-
-    def feed(self, chunk: bytes | memoryview) -> None:
-        """Take the next chunk."""
-        self.holds_bytes = True
-        if self._hash is not None:
-            self._hash.update(chunk)
-        self.reader.feed(chunk)
-
-    def adopt(self, data: bytearray) -> None:
-        """Take all of a local copy."""
-        self.holds_bytes = True
-        if self._hash is not None:
-            self._hash.update(data)
-        self.reader.adopt(data)
-
-    def finish(self) -> None:
-        """Say that there are no more chunks; an artifact that is not the announced one is refused."""
-        self.complete = True
-        if self._hash is not None and self._hash.hexdigest() != self._digest:
-            found = self._hash.hexdigest()
-            raise ArtifactError(
-                "corrupt",
-                f"the artifact's SHA-256 is {found}, and the store announced {self._digest}: upload it again",
-                digest=found,
-                announced=self._digest,
-            )
-
-    @property
-    def short_of(self) -> int:
-        """The unpacked bytes that it has at least, 0 if the reservation covers them; ``asked`` is what to ask for."""
-        # With nothing allowed the parent wants to know what to reserve: it is told after the first chunk.
-        declared = max(self.reader.declared, 1)
-        if declared <= max(self.allowed, self.asked):
-            return 0
-        # Without an announced size the artifact may go on growing: do not ask again for each chunk.
-        self.asked = declared if declared > 2 * self.allowed or self.complete else 2 * self.allowed
-        return declared
-
-    def grant(self, allowed: int) -> None:
-        """The reservation covers ``allowed`` bytes now, which may be fewer than were asked for."""
-        self.allowed, self.asked = allowed, 0
-
-
-def _new_hash() -> HASH:
-    from hashlib import sha256  # noqa: PLC0415 - takes 3 ms and 4 MB (OpenSSL), and most stores announce no digest
-
-    return sha256()
 
 
 class _Parsed(NamedTuple):
@@ -140,19 +68,18 @@ class ArtifactLane:
     def __init__(self, sock: socket.socket, models: Models, *, heap: Heap, box: BlackBox, threads: int) -> None:
         self._sock = sock
         self._inbox = Inbox(sock, wire.ARTIFACT)
+        self._waiting = poll()  # not select(): the parent may have thousands of descriptors, and this is one of them
+        self._waiting.register(sock, POLLIN)
         self._models = models
         self._heap = heap
         self._scales = Scales(heap)
         self._box = box
         self._threads = threads
         self._predictor: type[Predictor]
-        self._arriving: dict[int, _Arriving] = {}
-        self._held = self._most_held = 0
-        """Bytes of the models, and the most that they were since what is free was returned."""
+        self._arriving: dict[int, Arriving] = {}
+        self._slack = Slack(heap)
         self._prepared = False
         """True while the next load can begin without a reading, and with a booster that is there already."""
-        self._parsed = 0
-        """Bytes that the largest parse since then has left free."""
 
     def run(self, find_predictor: Callable[[], type[Predictor]]) -> None:
         """Report that the worker is up, or why it cannot be; then serve until end of file."""
@@ -170,8 +97,8 @@ class ArtifactLane:
                 self._take(kind, model, number, payload)
             if not frames:
                 self._do_a_chore()
-            elif self._free() - self._parsed >= _TRIM_BUSY * self._may_stay_free():
-                self._trim()
+            elif self._slack.is_pressing:
+                self._slack.give_back()
 
     def _warm_up(self) -> None:
         """Pay the library's one-time costs now: the first model would be charged for them, in time and bytes."""
@@ -214,22 +141,22 @@ class ArtifactLane:
     def _open(self, model: int, allowed: int, digest: str, path: bytes) -> None:
         self._get_ready_to_hash()
         any_format = self._predictor is not XGBoostPredictor
-        arriving = self._arriving[model] = _Arriving(allowed, digest, any_format=any_format)
+        arriving = self._arriving[model] = Arriving(allowed, digest, any_format=any_format)
         with self._refusing(model):
-            arriving.adopt(_read(path))
+            arriving.adopt(read_copy(path))
 
     def _get_ready_to_hash(self) -> None:
         if "hashlib" not in sys.modules:
-            _new_hash()
+            new_hash()
             self._disturb()  # what OpenSSL allocates, once, is no model's
 
-    def _announced(self, allowed: int, digest: str | None = None, save: str | None = None) -> _Arriving:
+    def _announced(self, allowed: int, digest: str | None = None, save: str | None = None) -> Arriving:
         if digest is not None:
             self._get_ready_to_hash()
-        return _Arriving(allowed, digest, save=save, any_format=self._predictor is not XGBoostPredictor)
+        return Arriving(allowed, digest, save=save, any_format=self._predictor is not XGBoostPredictor)
 
     @staticmethod
-    def _advance(kind: int, arriving: _Arriving, number: int, payload: memoryview) -> None:
+    def _advance(kind: int, arriving: Arriving, number: int, payload: memoryview) -> None:
         if kind == wire.CHUNK:
             arriving.feed(payload)
         elif kind == wire.END:
@@ -266,8 +193,7 @@ class ArtifactLane:
         if self._predictor is XGBoostPredictor or size <= 0:
             size = _plausible(size, len(unpacked.data))
         self._models[model] = LoadedModel(parsed.predictor, size)
-        self._held += size
-        self._most_held = max(self._held, self._most_held)
+        self._slack.loaded(size)
         answer = parsed.answer
         frames = _frame(wire.ANSWER, model, answer.ndim, len(answer), answer.tobytes()) if answer is not None else b""
         self._sock.sendall(frames + _report(wire.LOADED, model, size, {"seconds": seconds, **parsed.facts}))
@@ -276,7 +202,7 @@ class ArtifactLane:
         save = self._arriving.pop(model).save
         if save is not None:
             self._save(model, predictor, unpacked, Path(save))
-        self._parsed = max(self._parsed, _PARSED[unpacked.format] * len(unpacked.data))
+        self._slack.parsed(unpacked.format, len(unpacked.data))
 
     def _bytes_beside(self, model: int, unpacked: Unpacked) -> int | None:
         """Return the bytes that are held for this load alone; None if that is not known."""
@@ -303,9 +229,9 @@ class ArtifactLane:
     def _read(self, data: memoryview, rows: Matrix | None, unpacked: Unpacked) -> _Parsed:
         if self._predictor is XGBoostPredictor:
             xgboost, answer = XGBoostPredictor.load_for(data, rows, threads=self._threads)
-            return _Parsed(xgboost, _facts(xgboost, unpacked), answer)
+            return _Parsed(xgboost, facts_of(xgboost, unpacked), answer)
         predictor = self._predictor.load(data, threads=self._threads)  # which is to predict in the main thread alone
-        return _Parsed(predictor, _facts(predictor, unpacked), None)
+        return _Parsed(predictor, facts_of(predictor, unpacked), None)
 
     def _save(self, model: int, predictor: Predictor, unpacked: Unpacked, path: Path) -> None:
         """Write the model as it loads fastest: UBJSON, unpacked; of another predictor, the bytes that it took.
@@ -321,7 +247,7 @@ class ArtifactLane:
             self._send(wire.SAVED, model, 0, {"error": str(error)})
         else:
             self._get_ready_to_hash()
-            found = _new_hash()
+            found = new_hash()
             found.update(data)
             self._send(wire.SAVED, model, len(data), {"digest": found.hexdigest()})
 
@@ -330,7 +256,7 @@ class ArtifactLane:
         loaded = self._models.pop(model, None)
         if loaded is not None:
             _run_in_thread_of_its_own(loaded.free)
-            self._held -= loaded.size
+            self._slack.unloaded(loaded.size)
             self._disturb()
         self._send(wire.UNLOADED, model)
 
@@ -345,17 +271,17 @@ class ArtifactLane:
     # What can wait until there is nothing else to do
 
     def _has_chores(self) -> bool:
-        return self._can_prepare() or self._free() >= self._may_stay_free()
+        return self._can_prepare() or self._slack.is_due
 
     def _do_a_chore(self) -> None:
         """Do one, unless a frame comes first."""
         prepares = self._can_prepare()
-        if select([self._sock], (), (), _PAUSE if prepares else _REST)[0]:
+        if self._waiting.poll(_PAUSE if prepares else _REST):
             return
         if prepares:
             self._prepare()
         else:
-            self._trim()
+            self._slack.give_back()
 
     def _can_prepare(self) -> bool:
         return not self._prepared and not self._arriving
@@ -365,17 +291,6 @@ class ArtifactLane:
         if self._predictor is XGBoostPredictor:
             self._scales.set_aside(lambda: XGBoostPredictor.prepare(threads=self._threads))
         self._prepared = True
-
-    def _free(self) -> int:
-        """Return the bytes that the allocator has free, about: those of models that left, and what parsing took."""
-        return self._most_held - self._held + self._parsed
-
-    def _may_stay_free(self) -> float:
-        return max(_TRIM_AFTER, self._held * _TRIM_SHARE)
-
-    def _trim(self) -> None:
-        self._heap.trim()
-        self._most_held, self._parsed = self._held, 0
 
     def _send(self, kind: int, model: int, number: int = 0, facts: dict[str, Any] | None = None) -> None:
         self._sock.sendall(_report(kind, model, number, facts))
@@ -401,19 +316,6 @@ def _facts_in(payload: memoryview) -> dict[str, Any]:
 
 def _rows_in(payload: memoryview, count: int) -> Matrix | None:
     return np.frombuffer(bytes(payload), np.float32).reshape(count, -1) if count else None
-
-
-def _read(path: bytes) -> bytearray:
-    """Return the content of a file; if it is changed meanwhile, anything that has its digest no more."""
-    try:
-        with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - a Path takes as long to make as this to open
-            data = bytearray(os.fstat(file.fileno()).st_size)
-            rest = memoryview(data)
-            while count := file.readinto(rest):
-                rest = rest[count:]
-    except OSError as error:
-        raise ArtifactError("corrupt", f"the copy cannot be read: {error}") from error
-    return data
 
 
 def _write_new(path: Path, data: bytes | bytearray) -> None:
@@ -463,33 +365,3 @@ def _insatiable(unpacked: int, most: int) -> str:
         f"XGBoost asked for more than {most:,} bytes of memory to read these {unpacked:,}, and no sound model of that "
         "size takes as much: the artifact is damaged; upload it again"
     )
-
-
-def _facts(predictor: Predictor, unpacked: Unpacked) -> dict[str, Any]:
-    found = {"unpacked_bytes": len(unpacked.data), "format": unpacked.format, "container": unpacked.container}
-    try:
-        return found | _description(predictor)
-    except Exception as error:
-        raise PredictorFaultError(
-            f"the predictor does not describe its model as it has to ({described(error)}): "
-            "run modelcache.testing.check_predictor on it"
-        ) from error
-
-
-def _description(predictor: Predictor) -> dict[str, Any]:
-    names = predictor.feature_names
-    return {
-        "n_features": int(predictor.n_features),
-        "feature_names": None if names is None else list(map(str, names)),
-        "n_outputs": int(predictor.n_outputs),
-        "objective": _optional(predictor, "objective", str),
-        "booster": _optional(predictor, "booster", str),
-        "n_trees": _optional(predictor, "n_trees", int),
-        "best_iteration": _optional(predictor, "best_iteration", int),
-    }
-
-
-def _optional(predictor: Predictor, name: str, kind: Callable[[Any], T]) -> T | None:
-    """Return what the predictor says of itself as plain text or number: only these travel in a frame."""
-    value = getattr(predictor, name, None)
-    return None if value is None else kind(value)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import resource
 import signal
 import socket
 import sys
@@ -645,6 +647,27 @@ def test_a_worker_imports_neither_asyncio_nor_the_stores(odd_worker: LoneWorker)
     ours = {name for name in modules if name.startswith("modelcache.") and not name.startswith("modelcache.worker")}
     assert ours == {"modelcache.pool", "modelcache.pool.wire", "modelcache.pool.blackbox"}
     assert not modules & HEAVY
+
+
+def test_a_worker_of_an_app_with_thousands_of_descriptors() -> None:
+    """Its lanes have the numbers that they have in the parent, which may be beyond what ``select`` takes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2000:
+        pytest.skip("needs 2,000 descriptors")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2000), hard))
+    others = [os.dup(0) for _ in range(1100)]
+    try:
+        worker = LoneWorker()
+        sizes = [worker.load(number, zoo.model().ubj).number for number in range(2)]
+        worker.command(wire.UNLOAD, 1)
+        assert worker.report().kind == wire.UNLOADED
+        assert worker.values(1, 0, zoo.rows(1)).shape == (1,)
+        assert min(sizes) > 0
+        assert worker.close() == ""
+    finally:
+        for descriptor in others:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_worker_predicts_without_xgboosts_python_layer() -> None:
