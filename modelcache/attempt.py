@@ -281,7 +281,7 @@ class Attempt:
         last = b""
         async for chunk in self._chunks:
             if chunk and len(chunk) <= _LAST and self._received + len(chunk) == size:
-                self._received, last = size, chunk  # if nothing follows, as it should
+                self._received, last = size, bytes(chunk)  # if nothing follows, as it should
                 continue
             await self._feed(chunk)
             await self._satisfy()

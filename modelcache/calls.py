@@ -36,9 +36,6 @@ _OUTPUT_CODES = {output: code for code, output in enumerate(OUTPUTS)}
 
 _VALUE = _OUTPUT_CODES["value"]
 
-_AHEAD_BYTES = 4 << 10
-"""Rows of a few hundred cells take a model of hundreds of trees no longer than one row does."""
-
 _SLICE_SECONDS = 0.005
 """How long one slice should keep a worker busy."""
 _FEW_ROWS = 64
@@ -74,8 +71,12 @@ class Call:
 
     @property
     def may_go_ahead(self) -> bool:
-        """True if its rows may travel with the artifact: no names to be checked, and done in no time."""
-        return self.output == _VALUE and self.columns is None and self.matrix.nbytes <= _AHEAD_BYTES
+        """True if its row may travel with the artifact, in the place of one that the model would be tried on.
+
+        It must have no names to be checked. More rows would keep the loader busy, and XGBoost keeps the largest answer
+        of each model for the thread that asked, outside the measured bytes.
+        """
+        return self.output == _VALUE and self.columns is None and len(self.matrix) == 1
 
     def answer(self, values: Matrix, entry: Entry[Resident]) -> None:
         """Take what ``entry`` has predicted as it was loaded."""
@@ -93,7 +94,7 @@ class Trace:
         self.waited: float | None = None
         """Seconds for the model to become resident; None for a hit."""
         self.asked = 0.0
-        """When the worker that answered was asked."""
+        """When the worker that answered was asked, or had answered already as it loaded the model."""
 
     @property
     def tier(self) -> Tier:

@@ -64,8 +64,8 @@ class Timings:
     downloading: float
     loading: float
     predicting: float
-    """From the rows being sent to the worker to its answer. The few rows of a call that loads a model travel with the
-    artifact: their prediction is part of ``loading``."""
+    """From the rows being sent to the worker to its answer. A single row of a call that loads a model travels with
+    the artifact: its prediction is part of ``loading``."""
     total: float
 
 

@@ -85,7 +85,7 @@ class Flight:
         self.renews: Entry[Any] | None = None
         """The version that it replaces if the store has another."""
         self.call: Any = None
-        """A call that is answered as it lands: its rows travel with the artifact."""
+        """A call that is answered as it lands: its row travels with the artifact."""
         self.wanted = False
         """True once anybody has joined who wants the model, and not only a newer version of it while it is resident."""
         self.needed = 0

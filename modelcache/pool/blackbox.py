@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
-import sys
-
-if sys.platform != "linux":
-    import tempfile
+import tempfile
 
 _SIZE = 4
 """One number of 32 bits: as such it is stored at once, so that nobody reads half of one."""
@@ -19,7 +16,7 @@ _SIZE = 4
 
 def shared_memory() -> int:
     """Return a descriptor of zeroed memory for a worker to inherit; it is gone with the last process that has it."""
-    if sys.platform == "linux":
+    if hasattr(os, "memfd_create"):  # not on macOS, nor where Python was built for an old C library
         descriptor = os.memfd_create("modelcache", os.MFD_CLOEXEC)
     else:
         with tempfile.TemporaryFile() as file:

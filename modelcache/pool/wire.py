@@ -22,7 +22,8 @@ Every header starts with the payload's length, then the kind of the frame:
                                  payload: its SHA-256 (32 bytes), and its path
     CHUNK    model               payload: the next bytes of the artifact
     END      model, rows         the artifact is complete: compare its digest, and load it
-                                 payload: the rows of the call that loads it, float32, row-major, if they are few
+                                 payload: the rows that the loader is to try it on, float32, row-major; else a row of
+                                 missing values
     GRANT    model, allowed      the reservation has grown
     UNLOAD   model               free the model, or forget the artifact
     MEASURE                      report the heap

@@ -4,7 +4,7 @@ Publications that wait are made in one transaction. Killed before its end, their
 that were evicted or replaced are. Both kinds are removed when the tier is next opened.
 
 What the index lists is known in memory, too, as of the last transaction, and so is what it does not list as long as
-the counter says that nobody has published anything since.
+the mark says that nobody has published anything since.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from modelcache.errors import RegistryClosedError, StoreError
-from modelcache.stores.disk_changes import ChangeCounter
+from modelcache.stores.disk_changes import ChangeMark
 from modelcache.stores.disk_folder import CacheFolder, is_digest
 from modelcache.stores.disk_index import DiskCopy, Index, Totals, is_busy, is_damage
 
@@ -83,13 +83,13 @@ class Catalogue:
         self._warn = warn
         self._folder: CacheFolder | None = None
         self._index: Index | None = None
-        self._changes: ChangeCounter | None = None
+        self._changes: ChangeMark | None = None
         self._serials: dict[str, int] = {}
         """Of the files that this process has published: copies in the table that share one may have a lower number."""
         self._seen = _NOTHING
         """The serial number up to which table and ranking know what was published."""
         self._complete_at: bytes | None = None
-        """What the counter was when the table had all that is listed; None when nobody knows."""
+        """What the mark was when the table had all that is listed; None when nobody knows."""
 
     # What the loop may ask
 
@@ -145,7 +145,7 @@ class Catalogue:
                 raise
 
     def _move_in(self, folder: CacheFolder, *, is_shared: bool) -> None:
-        changes = ChangeCounter(folder.changes)
+        changes = ChangeMark(folder.changes)
         try:
             self._index = self._open_index(folder, changes, is_shared=is_shared)
         except BaseException:
@@ -153,7 +153,7 @@ class Catalogue:
             raise
         self._folder, self._changes = folder, changes
 
-    def _open_index(self, folder: CacheFolder, changes: ChangeCounter, *, is_shared: bool) -> Index:
+    def _open_index(self, folder: CacheFolder, changes: ChangeMark, *, is_shared: bool) -> Index:
         try:
             return self._opened_index(folder, changes)
         except (sqlite3.Error, UnicodeError) as error:
@@ -168,7 +168,7 @@ class Catalogue:
             logger.warning("the disk cache %s starts empty: its index (now %s): %s", self.path, aside, error)
             return self._opened_index(folder, changes)
 
-    def _opened_index(self, folder: CacheFolder, changes: ChangeCounter) -> Index:
+    def _opened_index(self, folder: CacheFolder, changes: ChangeMark) -> Index:
         index = Index(folder)
         try:
             self._take_stock(folder, index, changes)
@@ -177,7 +177,7 @@ class Catalogue:
             raise
         return index
 
-    def _take_stock(self, folder: CacheFolder, index: Index, changes: ChangeCounter) -> None:
+    def _take_stock(self, folder: CacheFolder, index: Index, changes: ChangeMark) -> None:
         """Make index, files and figures agree, and read in what there is."""
         with index.writing():
             on_disk = folder.models()
@@ -207,7 +207,7 @@ class Catalogue:
         self._folder = self._index = self._changes = self._complete_at = None
         self.table, self._serials = {}, {}
 
-    def _opened(self) -> tuple[CacheFolder, Index, ChangeCounter]:
+    def _opened(self) -> tuple[CacheFolder, Index, ChangeMark]:
         if self._folder is None or self._index is None or self._changes is None:
             raise self._closed()
         return self._folder, self._index, self._changes
@@ -280,7 +280,7 @@ class Catalogue:
                 listed = [publication for publication in group if self._list(index, publication, sound, gone)]
                 listed = [publication for publication in listed if not gone or _is_listed(index, publication)]
                 _move(folder, listed, sound)
-                complete_at = changes.advance()
+                complete_at = changes.change()
         except BaseException:
             self._seen = _NOTHING  # what was evicted is back
             self._remove_unlisted([publication.copy.digest for publication in group if publication.is_moved])

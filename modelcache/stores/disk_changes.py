@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 from typing import TYPE_CHECKING
 
@@ -12,37 +11,48 @@ if TYPE_CHECKING:
 _BYTES = 8
 
 
-class ChangeCounter:
-    """A number in a file that all processes have in their memory, and that grows with each publication.
+class ChangeMark:
+    """Some bytes in a file, which are others after each publication of any process.
 
-    A publisher counts up while the index is locked, before it commits. So no publication is ever there that was not
-    counted; one that was counted may not be there yet, or never, which costs the others a look-up.
+    A publisher changes them while the index is locked, before it commits. So no publication is ever there that was not
+    announced; one that was announced may not be there yet, or never, which costs the others a look-up. They are random:
+    what somebody has done to the file must not make them look like those of before.
 
-    Reading is no system call: the event loop may do it, also while a thread counts up or closes this.
+    Reading takes a microsecond: the event loop may do it, also while a thread changes them or closes this. They are
+    not mapped into memory, since whoever truncates a file that is kills those who look at it.
     """
 
     def __init__(self, path: Path) -> None:
-        descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        self._path = path
+        self._descriptor = self._open()
         try:
-            if os.fstat(descriptor).st_size < _BYTES:
-                os.pwrite(descriptor, bytes(_BYTES), 0)  # not by truncating: a full disk is told now, not by SIGBUS
-            self._shared = mmap.mmap(descriptor, _BYTES)
-        finally:
-            os.close(descriptor)
+            if os.fstat(self._descriptor).st_size != _BYTES:
+                self.change()
+        except BaseException:
+            self.close()
+            raise
 
     def read(self) -> bytes:
-        """Return the number, of which all that matters is whether it is another one; nothing once this is closed."""
+        """Return them, to be compared; nothing once this is closed, or if the file is not that of others any more."""
         try:
-            return self._shared[:]
-        except ValueError:
+            is_there = os.fstat(self._descriptor).st_nlink
+            return os.pread(self._descriptor, _BYTES, 0) if is_there else b""
+        except OSError:
             return b""
 
-    def advance(self) -> bytes:
-        """Count a publication, with the index locked; return the new number."""
-        number = (int.from_bytes(self._shared) + 1) % (1 << 8 * _BYTES)
-        self._shared[:] = number.to_bytes(_BYTES)
-        return self.read()
+    def change(self) -> bytes:
+        """Announce a publication, with the index locked; return what is to be read now."""
+        if not os.fstat(self._descriptor).st_nlink:  # somebody has removed it, and others may have a new one
+            self.close()
+            self._descriptor = self._open()
+        mark = os.urandom(_BYTES)
+        os.pwrite(self._descriptor, mark, 0)
+        return mark
 
     def close(self) -> None:
         """Let go of the file."""
-        self._shared.close()
+        descriptor, self._descriptor = self._descriptor, -1
+        os.close(descriptor)
+
+    def _open(self) -> int:
+        return os.open(self._path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)

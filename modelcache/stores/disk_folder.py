@@ -5,7 +5,7 @@
     models/<sha256>      published copies: complete, listed in the index
     incoming/<process>/  what workers of one process are writing; the process holds a lock on it as long as it lives
     index.sqlite3        what is published: see disk_index.py
-    changes              counts publications: see disk_changes.py
+    changes              announces publications: see disk_changes.py
     lock                 held by a process while it opens or rebuilds the tier
 
 A lock (``flock``) ends with its process however that ends, and is seen through the borders of containers that share

@@ -125,7 +125,7 @@ def _raise_if_no_such_key(answer: Any, said: bytes) -> None:
     if b"<Code>NoSuchKey</Code>" in said:
         message = _MESSAGE.search(said)
         response: Any = {
-            "Error": {"Code": "NoSuchKey", "Message": message[1].decode() if message else ""},
+            "Error": {"Code": "NoSuchKey", "Message": message[1].decode(errors="replace") if message else ""},
             "ResponseMetadata": {"HTTPStatusCode": answer.status_code, "HTTPHeaders": answer.headers},
         }
         raise ClientError(response, "GetObject")

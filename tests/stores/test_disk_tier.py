@@ -494,14 +494,37 @@ async def test_a_miss_asks_nobody_while_nobody_publishes(make_tier: MakeTier, mo
     assert looks == []
 
 
-async def test_a_publication_that_was_counted_but_not_made_hides_no_other(make_tier: MakeTier) -> None:
-    """1. A counts, and is killed before it commits. 2. B publishes. 3. C, which has seen the first count, finds it."""
+async def test_a_publication_that_was_announced_but_not_made_hides_no_other(make_tier: MakeTier) -> None:
+    """1. A announces, and is killed before it commits. 2. B publishes. 3. C, who has seen the first mark, finds it."""
     tier, other = await make_tier(), await make_tier()
     assert other._catalogue._changes is not None
-    other._catalogue._changes.advance()
+    other._catalogue._changes.change()
     assert await tier.find(STORE, "a") is None
     await put(other, "a", b"one")
     assert await read(tier, "a") == b"one"
+
+
+@pytest.mark.parametrize("damage", ["truncated", "removed", "zeroed", "removed, and there is another"])
+async def test_what_others_do_to_the_mark_hides_nothing(make_tier: MakeTier, damage: str) -> None:
+    """What is published after it is found, by those who had the file open and by those who come, and nobody crashes."""
+    tier, other = await make_tier(), await make_tier()
+    await put(tier, "before", b"one")
+    assert await tier.find(STORE, "after") is None
+    mark = tier.path / "changes"
+    if damage in ("truncated", "zeroed"):
+        os.truncate(mark, 0)
+        mark.write_bytes(bytes(8) if damage == "zeroed" else b"")
+    else:
+        mark.unlink()
+    late = await make_tier() if "another" in damage else other
+    await put(late, "after", b"two")
+    for one in (tier, other, late, await make_tier()):
+        assert await read(one, "before") == b"one"
+        assert await read(one, "after") == b"two"
+        assert await one.find(STORE, "never") is None
+    await put(tier, "again", b"three")
+    for one in (tier, other, late):
+        assert await read(one, "again") == b"three"
 
 
 async def test_another_object_finds_what_was_published_since(make_tier: MakeTier) -> None:
