@@ -46,13 +46,18 @@ def _problem(name: str) -> str:
         return "it is empty"
     if len(name) > _LONGEST:
         return f"it has {len(name)} characters, the limit is {_LONGEST}"
-    if "\\" in name or any(category(character) in _CONTROL for character in name):
+    if "\\" in name or _has_control(name):
         return "it has a backslash or a control character"
     if name.startswith("/"):
         return "it is absolute"
     if any(segment in ("", ".", "..") for segment in name.split("/")):
         return "it has an empty, '.' or '..' segment"
     return ""
+
+
+def _has_control(name: str) -> bool:
+    plain = name.isascii() and name.isprintable()  # as nearly all names are
+    return not plain and any(category(character) in _CONTROL for character in name)
 
 
 def spellings(name: str) -> list[str]:
