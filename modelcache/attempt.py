@@ -39,7 +39,6 @@ _RAW = (".ubj", ".json", _COPY)
 _PEEK = 64 << 10
 """Bytes of an archive sent before its bytes are claimed: enough for its headers."""
 
-
 _LAST = 256 << 10
 """Bytes that may wait for the store to say that they were the last: they travel with the order to load them."""
 

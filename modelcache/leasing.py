@@ -114,7 +114,7 @@ class Leasing:
         """Wait for the flight of ``name``, which is started if there is none.
 
         ``part``: the bytes that a group, which holds other models meanwhile, has been granted for it. ``call`` is what
-        the model is wanted for: the first of a flight whose rows are few is answered as it lands.
+        the model is wanted for: the first of a flight that may go ahead is answered as it lands.
         """
         flights, counters = self._state.flights, self._state.counters
         counters.misses += 1
