@@ -383,3 +383,19 @@ async def test_a_store_that_never_says_it_is_done_keeps_nobody_waiting(make_regi
         await asyncio.sleep(0)
     assert isinstance(endless.exception(), LoadTimeoutError)
     assert 1 < empty <= turns
+
+
+async def test_a_store_that_uses_its_buffer_again_is_read_before(make_registry: MakeRegistry) -> None:
+    """A4: what was delivered last waits for the store to say so, and must not be another thing by then."""
+    buffer = bytearray(MODEL.ubj)
+
+    async def chunks() -> AsyncIterator[bytes]:
+        yield memoryview(buffer)  # type: ignore[misc]
+        buffer[:] = bytes(len(buffer))
+
+    class Reusing(MemoryStore):
+        async def fetch(self, name: str, *, if_version: str | None = None) -> Artifact | NotModified:
+            return Artifact(version="1", size=len(buffer), suffix=".ubj", chunks=chunks())
+
+    registry = await make_registry(Reusing({}))
+    assert np.array_equal(await registry.predict("m", ROWS), MODEL.expected(ROWS))

@@ -149,6 +149,18 @@ async def test_what_is_not_there_is_said_in_the_same_words(server: s3.S3Server, 
         assert said[0] == said[1]
 
 
+async def test_a_message_in_another_encoding_is_no_other_error(rclone: s3.S3Server, open_s3: Open) -> None:
+    """A server that speaks no UTF-8 has no such model all the same."""
+    bucket = s3.fill(rclone, {"a.ubj": b"one"})
+    async with FaultProxy(rclone.url) as proxy:
+        store = open_s3(proxy, bucket)
+        await read(await store.fetch("a.ubj"))
+        said = "<Error><Code>NoSuchKey</Code><Message>Schlüssel fehlt</Message></Error>".encode("latin-1")
+        proxy.next(answer(404, said))
+        with pytest.raises(ModelNotFoundError):
+            await store.fetch("a.ubj")
+
+
 async def test_what_goes_well_pays_for_retries(rclone: s3.S3Server, open_s3: Open, pauses: list[float]) -> None:
     """An outage uses up boto's account for retries; the calls after it fill it, though boto does not make them."""
     bucket = s3.fill(rclone, {"a.ubj": b"one"})
