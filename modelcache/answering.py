@@ -61,7 +61,10 @@ class Answering:
             if trace is not None:
                 trace.entry, trace.asked = entry, time.perf_counter()
             try:
-                answer = await ask(entry, call) if call.answered_by is not entry else call.values
+                if call.answered_by is entry:
+                    answer = call.values
+                else:
+                    answer = await (self._ask_one_of(entry, call) if entry.copies else ask(entry, call))
             except WorkerLostError as error:
                 self._life.check()  # perhaps it was ended by close()
                 call.lost = error.epitaph
@@ -89,7 +92,7 @@ class Answering:
                 await self._renew(lease, call.deadline)
                 lease.check_held()
             try:
-                return await ask(lease.entry, call)
+                return await (self._ask_one_of(lease.entry, call) if lease.entry.copies else ask(lease.entry, call))
             except WorkerLostError as error:
                 self._life.check()
                 call.lost = error.epitaph
@@ -98,6 +101,14 @@ class Answering:
     def info(self, entry: Entry[Resident]) -> ModelInfo:
         """Describe the model of a lease; :attr:`Lease.model` is the way to call it."""
         return self._state.info(entry)
+
+    async def _ask_one_of(self, entry: Entry[Resident], call: Call) -> Matrix:
+        """Ask a model that is in several workers."""
+        seat = self._leasing.seat(entry)
+        try:
+            return await ask(seat, call)
+        finally:
+            self._leasing.release(seat)
 
     async def _take_cold(self, name: str, call: Call, trace: Trace | None) -> Entry[Resident]:
         started = time.perf_counter()

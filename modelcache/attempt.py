@@ -243,7 +243,7 @@ class Attempt:
     # The worker
 
     async def _begin(self, allowed: int) -> Loading:
-        self._worker = await self._pool.place()
+        self._worker = await self._choose_worker()
         number, source = self._pool.next_number(), self._source
         if isinstance(source, DiskCopy):
             self._loading = self._worker.open_copy(number, allowed, str(source.path), source.digest)
@@ -254,6 +254,9 @@ class Attempt:
             self.saving = Saving(self._copy_to, self._loading.saved)
         self._charge()
         return self._loading
+
+    async def _choose_worker(self) -> Worker:
+        return await self._pool.place()
 
     def _grant(self, unpacked: int) -> None:
         assert self._loading is not None and self._flight.claim is not None
@@ -327,13 +330,9 @@ class Attempt:
 
     def _land(self, facts: LoadedFacts) -> None:
         """Make the model resident and hand everyone who waits a lease; one step."""
-        state, flight, source, claim = self._state, self._flight, self._source, self._flight.claim
+        state, flight, claim = self._state, self._flight, self._flight.claim
         assert self._worker and self._loading and claim
-        self.place = place = Resident(
-            self._worker, self._loading.model, source.version, self._received, source.suffix,
-            facts, self._downloading, self._elapsed() - self._downloading,
-            tier=self.found.tier, checked_at=self._asked_at - self.found.age, doubt=self.found.doubt,
-        )  # fmt: skip
+        self.place = place = self._place(facts)
         older = state.ledger.table.get(flight.key)
         if flight.listed and older is not None:
             place.replaced = older.value.version
@@ -350,6 +349,15 @@ class Attempt:
             waiter.set_result(entry)
         state.settled(entry)  # tells the subscribers, who may do anything, such as cancel one of those who waited
         state.retire(retired)
+
+    def _place(self, facts: LoadedFacts) -> Resident:
+        assert self._worker and self._loading
+        source = self._source
+        return Resident(
+            self._worker, self._loading.model, source.version, self._received, source.suffix,
+            facts, self._downloading, self._elapsed() - self._downloading,
+            tier=self.found.tier, checked_at=self._asked_at - self.found.age, doubt=self.found.doubt,
+        )  # fmt: skip
 
     @property
     def blame(self) -> float:

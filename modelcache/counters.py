@@ -31,6 +31,7 @@ class Counters:
         self.loads_from_disk = 0
         self.load_failures = 0
         self.refreshes = 0
+        self.copies_made = 0
         self._evictions: Counter[EvictionCause] = Counter()
 
     def loaded(self, place: Resident, resident: int) -> None:

@@ -45,9 +45,10 @@ def explain(state: Residency, key: str) -> str:
 
 def _resident(state: Residency, entry: Entry[Resident]) -> str:
     place, now = entry.value, state.clock()
+    workers = " and ".join(str(holder.value.worker.pid) for holder in (entry, *entry.copies))
     held = "pinned" if entry.pinned else f"{entry.leases} leases" if entry.leases else "evictable"
     return (
-        f"{entry.key} is resident: version {place.version}, {show_bytes(entry.size)} in worker {place.worker.pid}, "
+        f"{entry.key} is resident: version {place.version}, {show_bytes(entry.size)} in worker {workers}, "
         f"{held}. It loaded in {place.load_seconds * 1e3:.1f} ms ({place.downloading * 1e3:.1f} downloading, "
         f"{place.loading * 1e3:.1f} loading), has had {entry.hits} hits, and was last used "
         f"{now - entry.last_used:.1f} s ago. {_version(state, entry)} {_budget(state)}"

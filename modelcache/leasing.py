@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from modelcache.cache.entry import Entry, State
 from modelcache.cache.flight import Flight, Phase
+from modelcache.copying import pick_seat
 from modelcache.errors import LoadTimeoutError, ModelCacheError
 from modelcache.names import SUFFIXES, check_name, spellings, split_suffix
 
@@ -81,6 +82,12 @@ class Leasing:
         self._state.release(entry)
         if self._quiet is not None and not self._state.ledger.leases and not self._quiet.done():
             self._quiet.set_result(None)
+
+    def seat(self, entry: Entry[Resident]) -> Entry[Resident]:
+        """Lease ``entry`` or one of its copies, whichever is to answer the next call."""
+        seat = pick_seat(entry)
+        self._state.ledger.lease(seat)
+        return seat
 
     def find(self, name: str) -> Entry[Resident] | None:
         """Return the resident model that ``name`` means, also when it is listed with, or without, its suffix."""

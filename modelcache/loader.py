@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from modelcache.attempt import Attempt, NoRoomError, OutgrownError
 from modelcache.cache.entry import State
 from modelcache.cache.flight import DesertedError, Phase
+from modelcache.copying import CopyAttempt
 from modelcache.errors import (
     ArtifactChangedError,
     BudgetTimeoutError,
@@ -38,10 +39,11 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from modelcache.cache.claims import Claim
+    from modelcache.cache.entry import Entry
     from modelcache.cache.flight import Flight
     from modelcache.origin import Found, Origin
     from modelcache.pool.pool import Pool
-    from modelcache.residency import Residency
+    from modelcache.residency import Residency, Resident
 
 logger = logging.getLogger("modelcache")
 
@@ -71,7 +73,8 @@ class Loader:
         self._pool = pool
         self._slots = Slots(concurrency, state.flights)
         self._slots_to_renew = Slots(max(1, concurrency // 4), state.flights)
-        """Apart, so that a store which does not answer questions about resident models holds up no cold one."""
+        """Apart, so that a store which does not answer questions about resident models holds up no cold one. Copies
+        take theirs from here, too."""
         self.timeout = timeout
         self.quarantine = Quarantine()
         self.tasks: set[asyncio.Task[None]] = set()
@@ -90,6 +93,10 @@ class Loader:
                 self._state.retire(self._state.ledger.give_back(flight.reserve))
 
         task.add_done_callback(ended)
+
+    def copy(self, entry: Entry[Resident]) -> None:
+        """Bring ``entry`` into a further worker, if there are bytes for it that nobody needs."""
+        self.start(self._state.flights.copy(entry))
 
     def endow(self, flight: Flight, part: Claim) -> None:
         """Give ``flight`` bytes that a group has been granted for it, unless it has some already."""
@@ -145,7 +152,7 @@ class Loader:
         if error.model is None:
             error.model = flight.key
         self._state.flights.fail(flight, error)
-        serves_on = self._state.not_renewed(flight, error)
+        serves_on = flight.copies is not None or self._state.not_renewed(flight, error)
         if (flight.listed or flight.scouts) and not serves_on and not isinstance(error, _NEVER_REMEMBERED):
             # A name that is not there yet may be about to be copied in: never wait long before looking again.
             doubling = not isinstance(error, ModelNotFoundError)
@@ -158,7 +165,7 @@ class Loader:
         deadline = 0.0
         while True:
             try:
-                slots = self._slots if flight.renews is None else self._slots_to_renew
+                slots = self._slots if flight.renews is None and flight.copies is None else self._slots_to_renew
                 async with slots.slot(flight):
                     deadline = deadline or asyncio.get_running_loop().time() + self.timeout
                     return await self._attempt_by(deadline, flight, needed)
@@ -212,7 +219,7 @@ class Loader:
                 if not self._state.confirm(flight):
                     raise LeftMeanwhileError
                 return None
-            attempt = Attempt(
+            attempt = (Attempt if flight.copies is None else CopyAttempt)(
                 self._state, self._pool, flight, found, needed=needed, started=started, asked_at=asked_at,
                 copy_to=self._origin.incoming(found),
             )  # fmt: skip

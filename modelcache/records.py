@@ -27,14 +27,14 @@ class ModelInfo:
     """As the store tells versions apart; opaque."""
     state: Literal["ready", "detached", "unloading", "gone"]
     size_bytes: int
-    """Heap it takes in its worker, measured (estimated where the platform's allocator cannot be asked)."""
+    """Heap it takes in a worker, measured (estimated where the platform's allocator cannot be asked)."""
     artifact_bytes: int
     """Bytes the store delivered."""
     n_features: int
     feature_names: tuple[str, ...] | None
     n_outputs: int
     workers: tuple[int, ...]
-    """Process ids of the workers that hold it."""
+    """Process ids of the workers that hold it: one, or several of a model that one alone could not answer for."""
     pinned: bool
     loaded_at: float
     """Seconds since the epoch."""
@@ -160,6 +160,9 @@ class RegistryStats:
     refreshes: int
     """New versions that have taken the place of older ones."""
     evictions: Mapping[EvictionCause, int]
+    copies: int
+    """Copies of hot models in further workers."""
+    copies_made: int
     budget: int
     bytes_resident: int
     bytes_reserved: int

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 from modelcache.answering import Answering
 from modelcache.cache.entry import State
 from modelcache.cache.policies import make_policy
+from modelcache.copying import Copier
 from modelcache.errors import ModelCacheError, StoreError
 from modelcache.explaining import explain
 from modelcache.groups import Groups
@@ -116,10 +117,12 @@ class ModelRegistry:
             predictor=predictor,
             lost=self._worker_lost,
             unloaded=self._state.acknowledged,
+            checked=self._workers_checked,
         )
         tier = disk_cache if isinstance(disk_cache, DiskTier) or disk_cache is None else DiskTier(disk_cache)
         self._origin = Origin(self._store, tier, refresh_after=refresh_after, predictor=predictor)
         self._loader = Loader(self._state, self._origin, self._pool, concurrency=load_concurrency, timeout=load_timeout)
+        self._copier = Copier(self._state, self._loader, self._pool)
         self._load_concurrency = load_concurrency
         self._life = Lifecycle(on_fork=self._pool.abandon)
         self._leasing = Leasing(self._state, self._loader, self._life)
@@ -414,7 +417,10 @@ class ModelRegistry:
             f"{ledger.charged / mib:.1f}/{ledger.budget / mib:.1f} MiB, {len(self._pool.workers)} workers>"
         )
 
-    # Workers that end
+    # What the pool reports
+
+    def _workers_checked(self) -> None:
+        self._copier.look()
 
     def _worker_lost(self, worker: Worker, epitaph: Epitaph) -> None:
         if epitaph.crashed:

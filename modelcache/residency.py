@@ -142,6 +142,13 @@ class Residency:
             self.counters.refreshes += 1
             self.emit(ModelRefreshed(self.info(entry), place.replaced))
 
+    def copied(self, copy: Entry[Resident]) -> None:
+        """A model has come into a further worker."""
+        place = copy.value
+        place.worker.held[place.number] = copy
+        place.trusted_until = place.checked_at + self._refresh_after
+        self.counters.copies_made += 1
+
     def release(self, entry: Entry[Resident]) -> None:
         """End a lease; without ``retain`` the model leaves with the last one."""
         retired = self.ledger.release(entry)
@@ -200,7 +207,7 @@ class Residency:
             place.ordered_out = time.perf_counter()
             place.worker.held[place.number] = entry
             place.worker.unload(place.number)
-            if isinstance(place, Resident):
+            if isinstance(place, Resident) and entry.original is None:
                 self._note_eviction(entry)
 
     def acknowledged(self, worker: Worker, number: int) -> None:
@@ -222,10 +229,11 @@ class Residency:
         retired = self.ledger.lose(entries, "worker")
         for entry in entries:
             self._announce_left(entry)
-        for entry in resident:
+        gone = [entry for entry in resident if entry.original is None]
+        for entry in gone:
             self._note_eviction(entry)
         self.retire(retired)
-        return tuple(entry.key for entry in resident)
+        return tuple(entry.key for entry in gone)
 
     def failed(self, key: str, error: ModelCacheError, *, serves_on: bool = False) -> None:
         """A load has failed; ``serves_on`` says that it was to renew a version that is still there."""
@@ -246,6 +254,7 @@ class Residency:
 
     def info(self, entry: Entry[Resident]) -> ModelInfo:
         """Describe a resident model."""
+        entry = entry.original or entry
         place, facts = entry.value, entry.value.facts
         return ModelInfo(
             name=entry.key,
@@ -256,7 +265,7 @@ class Residency:
             n_features=facts.n_features,
             feature_names=facts.feature_names,
             n_outputs=facts.n_outputs,
-            workers=(place.worker.pid,),
+            workers=tuple(holder.value.worker.pid for holder in (entry, *entry.copies)),
             pinned=entry.pinned,
             loaded_at=place.loaded_at,
             last_used=time.time() - (self.clock() - entry.last_used),
@@ -320,6 +329,8 @@ class Residency:
             load_failures=counters.load_failures,
             refreshes=counters.refreshes,
             evictions=counters.evictions,
+            copies=len(ledger.copies),
+            copies_made=counters.copies_made,
             budget=ledger.budget,
             bytes_resident=ledger.resident,
             bytes_reserved=ledger.reserved,

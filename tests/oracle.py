@@ -22,8 +22,12 @@ def check_ledger(ledger: Ledger, *, shrunk: bool = False, lost_leases: int = 0) 
 
     ``lost_leases`` are those still held on entries whose worker has ended.
     """
-    ready, leaving = list(ledger.table.values()), list(ledger.leaving)
-    assert all(ledger.table[entry.key] is entry for entry in ready)
+    listed, copies, leaving = list(ledger.table.values()), list(ledger.copies), list(ledger.leaving)
+    assert all(ledger.table[entry.key] is entry for entry in listed)
+    assert set(copies) == {copy for entry in listed for copy in entry.copies}
+    assert all(copy.original is entry for entry in listed for copy in entry.copies)
+    assert not any(entry.copies for entry in [*copies, *leaving])
+    ready = listed + copies
     assert all(entry.state is State.READY for entry in ready)
     assert all(entry.state in (State.DETACHED, State.UNLOADING) for entry in leaving)
     unloading = [entry for entry in leaving if entry.state is State.UNLOADING]
@@ -34,7 +38,7 @@ def check_ledger(ledger: Ledger, *, shrunk: bool = False, lost_leases: int = 0) 
     assert ledger.unloading == sum(entry.size for entry in unloading)
     assert ledger.idle == sum(entry.size for entry in ready if not entry.pins)
     assert ledger.pinned == sum(entry.size for entry in ready if entry.pinned)
-    assert not any(entry.pinned for entry in leaving)
+    assert not any(entry.pinned for entry in copies + leaving)
     assert ledger.leases == sum(entry.leases for entry in ready + leaving) + lost_leases
     assert min(ledger.resident, ledger.reserved, ledger.unloading, ledger.idle, ledger.leases) >= 0
     assert all(claim.state == "queued" for claim in ledger.queue)
@@ -55,7 +59,8 @@ def check(registry: ModelRegistry, *, shrunk: bool = False) -> None:
     check_flights(state.flights)
     held = [entry for worker in registry._pool.workers for entry in worker.held.values()]
     by_identity = Counter(id(entry) for entry in held)
-    assert set(by_identity) == {id(entry) for entry in [*state.ledger.table.values(), *state.ledger.leaving]}
+    ledger = state.ledger
+    assert set(by_identity) == {id(entry) for entry in [*ledger.table.values(), *ledger.copies, *ledger.leaving]}
     assert all(count == 1 for count in by_identity.values())
 
 
@@ -66,6 +71,7 @@ def check_gone(registry: ModelRegistry) -> None:
     ledger = state.ledger
     assert (ledger.resident, ledger.reserved, ledger.unloading, ledger.idle, ledger.leases) == (0, 0, 0, 0, 0)
     assert not ledger.table
+    assert not ledger.copies
     assert not ledger.leaving
     assert not ledger.queue
     assert not ledger.parked

@@ -29,12 +29,14 @@ class Entry(Generic[V]):
 
     __slots__ = (
         "cause",
+        "copies",
         "cost",
         "displaced_by",
         "hits",
         "key",
         "last_used",
         "leases",
+        "original",
         "pinned",
         "size",
         "state",
@@ -57,6 +59,10 @@ class Entry(Generic[V]):
         """Why it left the table, once it has."""
         self.displaced_by: str | None = None
         """The key it had to make room for."""
+        self.copies: tuple[Entry[V], ...] = ()
+        """The same version in further workers, as long as it is in the table."""
+        self.original: Entry[V] | None = None
+        """The entry that this is a copy of."""
 
     @property
     def pins(self) -> int:

@@ -59,6 +59,7 @@ class Flight:
     __slots__ = (
         "call",
         "claim",
+        "copies",
         "fresh",
         "group_waiters",
         "key",
@@ -84,6 +85,8 @@ class Flight:
         """True if the store has to be asked, whatever copies there are."""
         self.renews: Entry[Any] | None = None
         """The version that it replaces if the store has another."""
+        self.copies: Entry[Any] | None = None
+        """The entry that it brings into a further worker; nobody waits for that."""
         self.call: Any = None
         """A call that is answered as it lands: its row travels with the artifact."""
         self.wanted = False
@@ -136,6 +139,13 @@ class Flights:
         """Make a flight that nobody else joins: it finds out what ``key`` takes, and tells ``waiter``."""
         flight = Flight(key, scouts=True)
         flight.waiters.add(waiter)
+        self.airborne.add(flight)
+        return flight
+
+    def copy(self, original: Entry[Any]) -> Flight:
+        """Make a flight that nobody joins or waits for, and which brings ``original`` into a further worker."""
+        flight = Flight(original.key)
+        flight.copies, flight.listed = original, False
         self.airborne.add(flight)
         return flight
 

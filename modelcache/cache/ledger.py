@@ -47,7 +47,7 @@ class Ledger:
         self.budget = budget
         self.resident = self.reserved = self.unloading = 0
         self.idle = 0
-        """Bytes of entries in the table that have no lease and no pin: what could be evicted."""
+        """Bytes of copies, and of entries in the table, that have no lease and no pin: what could be evicted."""
         self.pinned = 0
         """Bytes of entries in the table that are pinned."""
         self.leases = 0
@@ -55,6 +55,8 @@ class Ledger:
         """Least recently used first."""
         self.leaving: set[Entry[Any]] = set()
         """Entries out of the table whose bytes are not free yet."""
+        self.copies: dict[Entry[Any], None] = {}
+        """Copies of entries in the table: the first to be evicted, oldest first."""
         self.queue: deque[Claim] = deque()
         self.parked: dict[Waiter, int] = {}
         """Who waits for that much room beside what is pinned."""
@@ -164,6 +166,20 @@ class Ledger:
         self._tell("insert", entry)
         return replaced + self._pump()
 
+    def settle_copy(self, claim: Claim, copy: Entry[Any], original: Entry[Any]) -> Retired:
+        """Turn a granted claim into a copy of ``original``, which is in the table.
+
+        It leaves with its original, or before: policies rank what can be asked for, and need not hear of it.
+        """
+        self.reserved -= claim.bytes
+        self.resident += copy.size
+        self.idle += copy.size
+        claim.state = "ended"
+        copy.original = original
+        original.copies += (copy,)
+        self.copies[copy] = None
+        return self._pump()
+
     # Leases and pins
 
     def lease(self, entry: Entry[Any]) -> None:
@@ -201,10 +217,7 @@ class Ledger:
         """Never evict ``entry`` until :meth:`unpin`; harmless when done twice, or when it has left the table."""
         if entry.state is not State.READY or entry.pinned:
             return []  # outside of the table a pin would last for ever: nobody finds the entry to unpin it
-        if not entry.leases:
-            self.idle -= entry.size
-        entry.pinned = True
-        self.pinned += entry.size
+        self._pin(entry)
         return self._pump()
 
     def unpin(self, entry: Entry[Any]) -> Retired:
@@ -233,12 +246,19 @@ class Ledger:
         return self._pump()
 
     def lose(self, entries: Iterable[Entry[Any]], cause: EvictionCause) -> Retired:
-        """The process that held ``entries`` has ended, and their bytes with it."""
-        for entry in entries:
+        """The process that held ``entries`` has ended, and their bytes with it.
+
+        A copy in another process takes the place of its original, which is the copy from then on.
+        """
+        # Copies first: those that are left by then can take the place of their original.
+        for entry in sorted(entries, key=lambda entry: entry.original is None):
             if entry.state is State.GONE:
                 continue
             if entry.state is State.READY:
+                pinned = entry.pinned
                 self._unlist(entry, cause)
+                if entry.copies:
+                    self._replace_by_copy(entry, pinned=pinned)
             if entry.state is State.UNLOADING:
                 self.unloading -= entry.size
             else:
@@ -353,6 +373,12 @@ class Ledger:
         for growth in [waiting for waiting in self.queue if waiting.grows is claim]:
             self._refuse(growth)
 
+    def _pin(self, entry: Entry[Any]) -> None:
+        if not entry.leases:
+            self.idle -= entry.size
+        entry.pinned = True
+        self.pinned += entry.size
+
     def _end_lease(self, entry: Entry[Any]) -> None:
         entry.leases -= 1
         self.leases -= 1
@@ -360,22 +386,39 @@ class Ledger:
             self.idle += entry.size
 
     def _remove(self, entry: Entry[Any], cause: EvictionCause) -> Retired:
+        retired = [gone for copy in entry.copies for gone in self._remove(copy, cause)]
         self._unlist(entry, cause)
         self.leaving.add(entry)
         entry.state = State.DETACHED
         if entry.leases:
-            return []
+            return retired
         self._start_unloading(entry)
-        return [entry]
+        return [*retired, entry]
 
     def _unlist(self, entry: Entry[Any], cause: EvictionCause) -> None:
         entry.cause = cause
-        if self.table.get(entry.key) is entry:
+        if entry.original is not None:
+            del self.copies[entry]
+            entry.original.copies = tuple(copy for copy in entry.original.copies if copy is not entry)
+            self.idle -= 0 if entry.pins else entry.size
+        elif self.table.get(entry.key) is entry:
             del self.table[entry.key]
             self.idle -= 0 if entry.pins else entry.size
             self.pinned -= entry.size if entry.pinned else 0
             entry.pinned = False
             self._tell("remove", entry)
+
+    def _replace_by_copy(self, entry: Entry[Any], *, pinned: bool) -> None:
+        heir, *others = entry.copies
+        del self.copies[heir]
+        heir.original, heir.copies, heir.hits = None, tuple(others), entry.hits
+        for copy in (entry, *others):
+            copy.original = heir
+        entry.copies = ()
+        self.table[heir.key] = heir
+        self._tell("insert", heir)
+        if pinned:
+            self._pin(heir)
 
     def _start_unloading(self, entry: Entry[Any]) -> None:
         entry.state = State.UNLOADING
@@ -397,7 +440,10 @@ class Ledger:
             self._dismiss_policy(what, error)
 
     def _victim(self) -> Entry[Any]:
-        """Ask the policy, and check its answer; called only when there is an idle entry."""
+        """Take a copy, or else ask the policy, and check its answer; called only when there is an idle entry."""
+        spare = next((copy for copy in self.copies if not copy.pins), None)
+        if spare is not None:
+            return spare
         if self.policy is not None:
             try:
                 victim = self.policy.evict()

@@ -33,6 +33,7 @@ _START_TIMEOUT = 60.0
 _LEAVE_TIMEOUT = 5.0
 _COMPUTES = 0.01
 """CPU seconds per second of patience by which a worker that computes is told from one that is stuck."""
+_SHORTEST_PERIOD = 0.001
 _PATIENCE_WITH_BUSY = 12
 """One prediction may take long: a worker that computes is given more time, if not for ever."""
 
@@ -63,6 +64,9 @@ class Worker:
         self._ping: asyncio.Future[Any] | None = None
         self._pinged = 0.0
         self._cpu_seconds = 0.0
+        self._checked = monotonic()
+        self.busy = 0.0
+        """Share of the time between the last two checks that it computed for."""
 
     async def start(self, threads: int, predictor: str) -> None:
         """Start the process and wait until it is up; on an error nothing of it is left."""
@@ -155,6 +159,8 @@ class Worker:
         if self.process.artifacts.loading or (oldest is not None and now - oldest > patience / 2):
             self.suspect()
         used, self._cpu_seconds = self._cpu_seconds, self.process.cpu_seconds()
+        self.busy = (self._cpu_seconds - used) / max(now - self._checked, _SHORTEST_PERIOD)
+        self._checked = now
         if self._cpu_seconds - used > _COMPUTES * patience:
             patience *= _PATIENCE_WITH_BUSY
         silent = self._ping is not None and now - self._pinged > patience
@@ -207,7 +213,8 @@ class Worker:
 class Pool:
     """A fixed number of workers.
 
-    ``lost(worker, epitaph)`` is called when one has ended, ``unloaded(worker, model)`` when one has freed a model.
+    ``lost(worker, epitaph)`` is called when one has ended, ``unloaded(worker, model)`` when one has freed a model,
+    ``checked()`` after each look at all of them, every ``patience / 4`` seconds.
     A worker that answers nothing for ``patience`` seconds while something waits for it is killed, one that computes
     meanwhile after 12 times as long.
     """
@@ -220,6 +227,7 @@ class Pool:
         predictor: str,
         lost: Callable[[Worker, Epitaph], None],
         unloaded: Callable[[Worker, int], None],
+        checked: Callable[[], None],
         patience: float = 5.0,
     ) -> None:
         self.size = size
@@ -232,6 +240,7 @@ class Pool:
         self._predictor = predictor
         self._lost = lost
         self._unloaded = unloaded
+        self._checked = checked
         self._patience = patience
         self._numbers = count(1)
         self._keepers: list[asyncio.Task[None]] = []
@@ -268,7 +277,7 @@ class Pool:
 
     async def place(self) -> Worker:
         """Return the worker with the fewest bytes, waiting for one to come up if none is."""
-        while not (up := self._up()):
+        while not (up := self.up()):
             if self._closing.is_set():  # a store has let go of its load too late
                 raise RegistryClosedError("The registry was closed while this model was loading.")
             if self._broken is not None:
@@ -295,7 +304,8 @@ class Pool:
         for worker in self._every:
             worker.abandon()
 
-    def _up(self) -> list[Worker]:
+    def up(self) -> list[Worker]:
+        """Return the workers that are up."""
         return [worker for worker in self.workers if worker.alive]
 
     async def _start_worker(self, index: int) -> Worker:
@@ -355,15 +365,16 @@ class Pool:
         return None
 
     def _note_who_is_up(self) -> None:
-        if self._up() or self._broken is not None:
+        if self.up() or self._broken is not None:
             self._decided.set()
         else:
             self._decided.clear()
 
     def _check(self) -> None:
         now = monotonic()
-        for worker in self._up():
+        for worker in self.up():
             worker.check(now, self._patience)
+        self._checked()
         self._checking = asyncio.get_running_loop().call_later(self._patience / 4, self._check)
 
 

@@ -86,6 +86,10 @@ class RequestChannel(Channel):
         if self.pending.pop(number, None) is not None and not self.closed:
             self.send(wire.REQUEST.pack(0, wire.CANCEL, 0, 0, number, 0, 0, 0, 0.0))
 
+    def models_of_calls(self) -> list[int]:
+        """Return the model of each call in flight."""
+        return [pending.model for pending in self.pending.values()]
+
     def models_waiting(self) -> set[int]:
         """Return the models that calls in flight are for."""
         return {pending.model for pending in self.pending.values()}

@@ -222,7 +222,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         """Take a step of the ledger, check what it decided, and pass its orders on to the workers."""
         had_policy = self.ledger.policy is not None
         retired = operation()
-        # A load that was abandoned was never in the table, and so never used.
+        # A load that was abandoned was never in the table, nor was a copy, and so never used.
         victims = [entry for entry in retired if entry.cause == "budget" and entry.last_used]
         self.check_victims(victims)
         if victims and not had_policy:
@@ -238,6 +238,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         """Rules L3 and L4: nobody in use is evicted, nobody in vain, and nobody beyond what is needed."""
         ledger = self.ledger
         assert not [victim for victim in victims if victim in self.leases or victim in self.pinned]
+        assert not victims or all(copy.pins for copy in ledger.copies), "copies go first"
         for_claim = [victim for victim in victims if victim.displaced_by is not None]
         shed = [victim for victim in victims if victim.displaced_by is None]
         if for_claim:
@@ -418,6 +419,36 @@ class ResidencyMachine(RuleBasedStateMachine):
     def release(self, entry: Entry[Any]) -> None:
         self.leases.remove(entry)
         self.release_entry(entry)
+
+    # Copies
+
+    @precondition(lambda self: self.ledger.table)
+    @rule(pick=picks, leased=st.booleans())
+    def copy(self, pick: int, leased: bool) -> None:
+        """A hot model comes into a further worker, with bytes that nobody needs; perhaps it is used at once."""
+        ledger = self.ledger
+        original = list(ledger.table.values())[pick % len(ledger.table)]
+        holders = [holder.value.worker for holder in (original, *original.copies)]
+        workers = [worker for worker in self.workers if worker not in holders]
+        if not workers or ledger.queue or original.size > ledger.free:
+            return
+        claim, retired = ledger.claim(original.key, original.size, Future())
+        assert claim.granted
+        assert not retired, "a copy displaces nobody"
+        copy = Entry(original.key, Place(workers[0], next(self.numbers)), size=original.size, cost=1.0)
+        workers[0].bytes[copy.value.number] = copy.size
+        workers[0].held[copy.value.number] = copy
+        self.decide(lambda: ledger.settle_copy(claim, copy, original))
+        if leased:
+            self.use_copy(0)
+
+    @precondition(lambda self: self.ledger.copies)
+    @rule(pick=picks)
+    def use_copy(self, pick: int) -> None:
+        """A call goes to a copy."""
+        copy = list(self.ledger.copies)[pick % len(self.ledger.copies)]
+        self.ledger.lease(copy)
+        self.leases.append(copy)
 
     # Groups
 
@@ -856,8 +887,12 @@ class ResidencyMachine(RuleBasedStateMachine):
         worker.held.clear()
         worker.bytes.clear()
         worker.orders.clear()
+        pinned = [entry.key for entry in self.pinned if entry in entries]
+        survivors = {copy.key for copy in self.ledger.copies if copy.value.worker is not worker}
         self.pinned = [entry for entry in self.pinned if entry not in entries]
         self.decide(lambda: self.ledger.lose(entries, "worker"))
+        assert survivors <= self.ledger.table.keys(), "a copy takes the place of its original"
+        self.pinned += [self.ledger.table[key] for key in pinned if key in survivors]
         assert all(entry.state is State.GONE for entry in entries)
 
     @precondition(lambda self: any(self.has_to_notice(load) for load in self.loads.values()))
@@ -952,13 +987,13 @@ class ResidencyMachine(RuleBasedStateMachine):
     def entries_are_held_once(self) -> None:
         """Rule L8: what the ledger charges is what the workers hold."""
         held = Counter(entry for worker in self.workers for entry in worker.held.values())
-        assert held == Counter(chain(self.ledger.table.values(), self.ledger.leaving))
+        assert held == Counter(chain(self.ledger.table.values(), self.ledger.copies, self.ledger.leaving))
 
     @invariant()
     def leases_are_handed_over_once(self) -> None:
         """Rules F4, F5: an entry has one lease for each call that owns one, no more and no less."""
         owned = Counter(self.handed_over())
-        for entry in chain(self.ledger.table.values(), self.ledger.leaving, owned):
+        for entry in chain(self.ledger.table.values(), self.ledger.copies, self.ledger.leaving, owned):
             assert entry.leases == owned[entry]
         assert self.ledger.leases == owned.total()
 

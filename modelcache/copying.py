@@ -1,0 +1,132 @@
+"""Hot copies: a model whose calls wait in line although its worker computes all the time is loaded into a further one.
+
+A copy takes only bytes that nobody else needs, and is the first to be evicted when somebody does. It has the version of
+its original and leaves with it. Calls are spread by consistent hashing with bounded loads (Mirrokni, Thorup and
+Zadimoghaddam, 2018), the order of the workers being fixed: each call goes to the first whose line is no more than a
+quarter longer than the average, so that copies, and the caches of their workers, are left alone when they are not
+needed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from modelcache.attempt import Attempt
+from modelcache.cache.entry import Entry, State
+from modelcache.cache.flight import DesertedError
+
+if TYPE_CHECKING:
+    from modelcache.cache.claims import Claim
+    from modelcache.cache.sizes import Bounds
+    from modelcache.loader import Loader
+    from modelcache.pool.artifacts import LoadedFacts
+    from modelcache.pool.pool import Pool, Worker
+    from modelcache.residency import Residency, Resident
+
+_LONG = 8
+"""Calls for one model that wait for a worker when its line is called long."""
+_BUSY, _FREE = 0.8, 0.5
+"""Share of the time that a worker computes for, from which it is what the calls wait for; and up to which another can
+do some of its work."""
+_TOLERANCE = 1.25
+"""How much longer than the average a line may be."""
+
+
+class Copier:
+    """Looks for models whose line stays long, and has them copied."""
+
+    def __init__(self, state: Residency, loader: Loader, pool: Pool) -> None:
+        self._state = state
+        self._loader = loader
+        self._pool = pool
+        self._long: set[Entry[Resident]] = set()
+        """Those whose line was long at the last look."""
+
+    def look(self) -> None:
+        """Take one look; a line that is long at two of them in a row has stayed so."""
+        found = {entry for worker in self._pool.workers if (entry := self._bottleneck(worker)) is not None}
+        for entry in found & self._long:
+            worker = pick_worker(self._pool, entry)
+            if worker is not None and worker.busy <= _FREE and not self._is_under_way(entry):
+                self._loader.copy(entry)
+        self._long = found
+
+    def _bottleneck(self, worker: Worker) -> Entry[Resident] | None:
+        """Return the model that most calls wait for, if they wait because the worker computes."""
+        if worker.busy < _BUSY or worker.requests.waiting < _LONG:
+            return None
+        (number, calls), *_ = Counter(worker.requests.models_of_calls()).most_common(1) or [(0, 0)]
+        entry: Entry[Resident] | None = worker.held.get(number)
+        if entry is None or calls < _LONG:
+            return None
+        original = entry.original or entry
+        return original if original.state is State.READY else None
+
+    def _is_under_way(self, entry: Entry[Resident]) -> bool:
+        return any(flight.copies is entry for flight in self._state.flights.airborne)
+
+
+def pick_worker(pool: Pool, entry: Entry[Resident]) -> Worker | None:
+    """Return the worker with the most time for a copy of ``entry``, None if all have one."""
+    holders = {holder.value.worker for holder in (entry, *entry.copies)}
+    others = [worker for worker in pool.up() if worker not in holders]
+    return min(others, key=lambda worker: worker.busy, default=None)
+
+
+def pick_seat(entry: Entry[Resident]) -> Entry[Resident]:
+    """Return which of ``entry`` and its copies the next call is to go to."""
+    seats = (entry, *entry.copies)
+    lines = [seat.value.worker.requests.waiting for seat in seats]
+    bound = _TOLERANCE * (sum(lines) + 1) / len(seats)
+    return next(seat for seat, line in zip(seats, lines, strict=True) if line < bound)
+
+
+class CopyAttempt(Attempt):
+    """An attempt at a copy: it displaces nobody, and ends where that would be needed."""
+
+    async def load(self) -> None:
+        """Load the copy and put it beside its original."""
+        if self.found.source.version != self._original.value.version:
+            self._give_way()
+        await super().load()
+
+    @property
+    def _original(self) -> Entry[Resident]:
+        original = self._flight.copies
+        assert original is not None
+        return original
+
+    async def _claim(self, bounds: Bounds) -> Claim:
+        if self._state.ledger.queue or bounds.most > self._state.ledger.free:
+            self._give_way()
+        return await super()._claim(bounds)
+
+    async def _grow(self, bounds: Bounds) -> None:
+        claim = self._flight.claim
+        if claim is not None and bounds.most > claim.bytes + self._state.ledger.free:
+            self._give_way()
+        await super()._grow(bounds)
+
+    async def _choose_worker(self) -> Worker:
+        return pick_worker(self._pool, self._original) or self._give_way()
+
+    def _land(self, facts: LoadedFacts) -> None:
+        original, claim, worker = self._original, self._flight.claim, self._worker
+        assert claim is not None and worker is not None
+        if original.state is not State.READY or original.original is not None:
+            self._give_way()
+        self.place = self._place(facts)
+        copy = Entry(original.key, self.place, size=facts.size, cost=original.cost)
+        self._state.flights.end(self._flight)
+        worker.charged += facts.size - self._charged
+        retired = self._state.ledger.settle_copy(claim, copy, original)
+        self._state.copied(copy)
+        self._state.retire(retired)
+
+    def _give_way(self) -> Any:
+        self._state.flights.drop(self._flight)
+        raise DesertedError
+
+
+__all__ = ["Copier", "CopyAttempt", "pick_seat", "pick_worker"]
