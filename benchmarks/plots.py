@@ -131,3 +131,25 @@ def _colour(results: dict[str, Any], key: str) -> str:
     if _label(results, key).startswith("modelcache"):
         return OURS
     return FLOOR if key in _FLOORS else OTHERS
+
+
+def plot_budget(results: dict[str, Any], path: Path) -> None:
+    """Draw the items of a call one after another, and what they are to be compared with below."""
+    seen = results["microseconds"]
+    figure, panel = plt.subplots(figsize=(12, 4.5), layout="constrained")
+    items = [key for key in seen if key not in ("whole", "echo", "direct", "parent_cpu", "worker_cpu")]
+    start = 0.0
+    for index, item in enumerate(items):
+        width = seen[item]["median"]
+        shade = mpl.colormaps["viridis"](0.1 + 0.8 * index / len(items))
+        panel.barh(3, width, left=start, color=shade, label=f"{item}: {width:.0f}")
+        start += width
+    others = {"whole": "without clocks", "echo": "echo, no prediction", "direct": "inplace_predict"}
+    for place, (key, colour) in enumerate(zip(others, (OURS, FLOOR, OTHERS), strict=True)):
+        panel.barh(2 - place, seen[key]["median"], color=colour)
+        panel.hlines(2 - place, seen[key]["min"], seen[key]["max"], color="black", linewidth=1.2)
+    panel.set_yticks([3, 2, 1, 0], ["item by item", *others.values()])
+    panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, frameon=False, fontsize=9)
+    _entitle(panel, "A warm call of one row: µs", "medians")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
