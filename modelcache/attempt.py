@@ -18,6 +18,7 @@ from modelcache.cache.entry import Entry
 from modelcache.cache.flight import Phase
 from modelcache.cache.sizes import Bounds
 from modelcache.errors import ModelTooLargeError, StoreUnavailableError
+from modelcache.history import Took
 from modelcache.origin import Saving
 from modelcache.residency import Place, Residency, Resident
 from modelcache.stores.disk_tier import DiskCopy
@@ -114,9 +115,9 @@ class Attempt:
 
     async def scout(self) -> Bounds:
         """Find out what the model takes, without claiming anything for it."""
-        known = self._state.sizes.known(self._flight.key, self._source.version)
-        if known:
-            return Bounds(known, known)
+        took = self._state.history.took(self._flight.key, self._source.version)
+        if took is not None:
+            return Bounds(took.size, took.size)
         return self._bounds(await self._unpacked_bytes())
 
     async def load(self) -> None:
@@ -124,10 +125,9 @@ class Attempt:
         await self._prepare()
         await self._stream()
         facts = await self._outcome()
-        self._state.sizes.learn(
-            self._flight.key, self._source.version, self._kind,
-            unpacked=facts.unpacked_bytes, measured=facts.size,
-        )  # fmt: skip
+        took = Took(facts.size, facts.unpacked_bytes)
+        self._state.history.measured(self._flight.key, self._source.version, took)
+        self._state.sizes.learn(self._kind, unpacked=took.unpacked, measured=took.size)
         await self._grow(Bounds(facts.size, facts.size))
         assert self._worker is not None
         self._worker.check_alive()  # it may have ended while the claim waited to grow
@@ -138,12 +138,12 @@ class Attempt:
     async def _prepare(self) -> None:
         """Claim the bytes that the load needs, and begin it."""
         sizes, kind = self._state.sizes, self._kind
-        known = sizes.known(self._flight.key, self._source.version) or 0
+        took = self._state.history.took(self._flight.key, self._source.version)
+        known, unpacked = took or (0, 0)
         if known or self._needed:
             claim = await self._claim(Bounds(known, max(known, self._needed)))
             # What a small model takes beyond its ratio is in the measured bytes already: without the second figure
             # the worker would ask for more than was measured, and others would be evicted for it in vain.
-            unpacked = sizes.unpacked(self._flight.key, self._source.version)
             await self._begin(max(sizes.unpacked_within(claim.bytes, kind), unpacked))
             return
         unpacked = await self._unpacked_bytes()
@@ -354,8 +354,8 @@ class Attempt:
         assert self._worker and self._loading
         source = self._source
         return Resident(
-            self._worker, self._loading.model, source.version, self._received, source.suffix,
-            facts, self._downloading, self._elapsed() - self._downloading,
+            self._worker, self._loading.model, source.version, self._received, facts.unpacked_bytes,
+            source.suffix, facts.model, self._downloading, self._elapsed() - self._downloading,
             tier=self.found.tier, checked_at=self._asked_at - self.found.age, doubt=self.found.doubt,
         )  # fmt: skip
 

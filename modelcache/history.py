@@ -1,11 +1,10 @@
-"""What happened to each name last, for ``explain``."""
+"""What is remembered of names that are not resident: for ``explain``, and for their next load."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from cachetools import LRUCache
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from modelcache.cache.entry import Entry
@@ -15,16 +14,27 @@ if TYPE_CHECKING:
 _NAMES_REMEMBERED = 100_000
 
 
-@dataclass(slots=True)
-class Past:
-    """What is remembered of a name."""
+class Took(NamedTuple):
+    """What a version took when it was loaded before, in bytes."""
 
-    loads: int = 0
+    size: int
+    """On the heap, measured."""
+    unpacked: int
+
+
+@dataclass(slots=True, eq=False)
+class Past:
+    """What is remembered of a name: of its last load, eviction and failure."""
+
+    version: str | None = None
+    size: int = 0
+    unpacked: int = 0
+    cost: float | None = None
+    """Seconds its loads take: a moving average; None if none has succeeded."""
     load_seconds: float = 0.0
     evicted_at: float | None = None
     cause: str = ""
     displaced_by: str | None = None
-    size: int = 0
     hits: int = 0
     idle: float = 0.0
     failed_at: float | None = None
@@ -32,28 +42,39 @@ class Past:
 
 
 class History:
-    """The last load, eviction and failure of the names used most recently."""
+    """The names that left last, or failed last.
+
+    A name that is resident has none: all that there is to know of it is in its entry. So each model is paid for once.
+    """
 
     def __init__(self) -> None:
-        self._past: LRUCache[str, Past] = LRUCache(_NAMES_REMEMBERED)
+        self._past: OrderedDict[str, Past] = OrderedDict()
 
     def of(self, key: str) -> Past | None:
         """Return what is remembered of ``key``."""
-        past: Past | None = self._past.get(key)
-        return past
+        return self._past.get(key)
 
-    def loaded(self, key: str, seconds: float) -> None:
-        """Take note of a load."""
+    def took(self, key: str, version: str) -> Took | None:
+        """Return what this version took when it was loaded before."""
+        past = self._past.get(key)
+        return Took(past.size, past.unpacked) if past is not None and past.version == version else None
+
+    def measured(self, key: str, version: str, took: Took) -> None:
+        """Take note of a load, which may yet come to nothing since its bytes are not to be had."""
         past = self._of(key)
-        past.loads += 1
-        past.load_seconds = seconds
-        past.evicted_at = past.failed_at = None
+        past.version, (past.size, past.unpacked) = version, took
+
+    def settled(self, key: str) -> None:
+        """Forget what is resident now."""
+        self._past.pop(key, None)
 
     def evicted(self, entry: Entry[Resident], idle: float, now: float) -> None:
         """Take note of an eviction, ``idle`` seconds after the last use."""
-        past = self._of(entry.key)
+        past, place = self._of(entry.key), entry.value
+        past.version, past.size, past.unpacked = place.version, entry.size, place.unpacked_bytes
+        past.cost, past.load_seconds = entry.cost, place.load_seconds
         past.evicted_at, past.cause, past.displaced_by = now, entry.cause, entry.displaced_by
-        past.size, past.hits, past.idle = entry.size, entry.hits, idle
+        past.hits, past.idle = entry.hits, idle
 
     def failed(self, key: str, error: ModelCacheError, now: float) -> None:
         """Take note of a failed load."""
@@ -64,4 +85,8 @@ class History:
         past = self._past.get(key)
         if past is None:
             past = self._past[key] = Past()
+            if len(self._past) > _NAMES_REMEMBERED:
+                self._past.popitem(last=False)
+        else:
+            self._past.move_to_end(key)
         return past

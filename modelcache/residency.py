@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import TYPE_CHECKING, Any
 
-from cachetools import LRUCache
-
 from modelcache.cache.entry import State
 from modelcache.cache.failures import FailureMemory
 from modelcache.cache.flight import Flights
@@ -42,13 +40,11 @@ if TYPE_CHECKING:
     from modelcache.cache.flight import Flight
     from modelcache.cache.policies import EvictionPolicy
     from modelcache.errors import ModelCacheError
-    from modelcache.pool.artifacts import LoadedFacts
+    from modelcache.pool.artifacts import ModelFacts
     from modelcache.pool.pool import Pool, Worker
     from modelcache.stores.disk_tier import DiskTier
 
 logger = logging.getLogger("modelcache")
-
-_NAMES_REMEMBERED = 100_000
 
 
 @dataclass(slots=True, eq=False)
@@ -68,8 +64,9 @@ class Resident(Place):
 
     version: str
     artifact_bytes: int
+    unpacked_bytes: int
     suffix: str
-    facts: LoadedFacts
+    facts: ModelFacts
     downloading: float
     """Seconds from asking the store to its last byte."""
     loading: float
@@ -120,14 +117,13 @@ class Residency:
         self.history = History()
         self.pinned: set[str] = set()
         """Names to be kept resident, whatever happens to the worker that holds them."""
-        self._costs: LRUCache[str, float] = LRUCache(_NAMES_REMEMBERED)
         self.subscribers: list[Callable[[Event], None]] = []
 
     def cost_of(self, key: str, seconds: float) -> float:
         """Return the moving average of what loads of ``key`` take, the newest weighing half."""
-        average: float = (self._costs.get(key, seconds) + seconds) / 2
-        self._costs[key] = average
-        return average
+        older, past = self.ledger.table.get(key), self.history.of(key)
+        before = older.cost if older is not None else past.cost if past is not None else None
+        return seconds if before is None else (before + seconds) / 2
 
     def settled(self, entry: Entry[Resident]) -> None:
         """A model has become resident."""
@@ -135,7 +131,7 @@ class Residency:
         place.worker.held[place.number] = entry
         place.trusted_until = place.checked_at + self._refresh_after
         self.counters.loaded(place, len(self.ledger.table))
-        self.history.loaded(entry.key, place.load_seconds)
+        self.history.settled(entry.key)
         if place.replaced is None:
             self.emit(ModelLoaded(self.info(entry)))
         else:
@@ -290,7 +286,8 @@ class Residency:
     def _note_eviction(self, entry: Entry[Resident]) -> None:
         idle = self.clock() - entry.last_used
         self.counters.evicted(entry.cause, idle, len(self.ledger.table))
-        self.history.evicted(entry, idle, self.clock())
+        if entry.key not in self.ledger.table:
+            self.history.evicted(entry, idle, self.clock())
         flight = self.flights.by_key.get(entry.key)
         if flight is not None and flight.renews is entry and entry.displaced_by != entry.key:
             self.give_up_renewal(flight)

@@ -378,7 +378,7 @@ class Outgrowing:
         (its_worker,) = (await registry.load("large")).workers
         (other_worker,) = (await registry.load(small)).workers
         assert its_worker != other_worker
-        registry._state.sizes._known.clear()
+        registry._state.history._past.clear()
         registry._state.sizes.bounds = lambda unpacked, suffix: Bounds(0, unpacked // 2)  # type: ignore[method-assign]
         psutil.Process(its_worker).suspend()
         call = asyncio.create_task(registry.predict(late, ROWS))

@@ -46,6 +46,7 @@ async def with_room_for(registry: ModelRegistry, *names: str, known: bool = True
         await registry.unload(name)
     if not known:
         registry._state.sizes.__init__()  # type: ignore[misc]
+        registry._state.history._past.clear()
         registry._state.sizes.bounds = lambda unpacked, suffix: Bounds(unpacked, int(unpacked * 1.6))  # type: ignore[method-assign]
     registry.resize(sum(sizes[name] for name in names) + min(sizes.values()) // 2)
     return sizes
@@ -571,7 +572,7 @@ async def test_a_model_that_outgrows_its_share_sends_the_group_back(make_registr
     """L6: what was taken for enough is not, and the rest is leased: the group holds nothing while it waits again."""
     registry = await make_registry(MemoryStore(ARTIFACTS))
     sizes = await with_room_for(registry, "m0", "m1", "m2")
-    registry._state.sizes._known.clear()
+    registry._state.history._past.clear()
     registry._state.sizes.bounds = lambda unpacked, suffix: Bounds(0, unpacked // 2)  # type: ignore[method-assign]
     async with registry.acquire("m2"):
         registry.resize(sizes["m2"] + sizes["m0"] + sizes["m1"] // 2)
@@ -591,8 +592,10 @@ async def pending_after_loads(registry: ModelRegistry, *names: str) -> AsyncIter
         async with registry.acquire_many(names) as leases:
             await assert_answer(*leases)
 
+    learned = registry._state.sizes._ratios[".ubj"]
+    measured = learned.count + len(names)
     task = asyncio.create_task(take())
-    while len(registry._state.sizes._known) < len(names) or not registry._state.ledger.queue:
+    while learned.count < measured or not registry._state.ledger.queue:
         await asyncio.sleep(0)
     yield task
 
@@ -641,7 +644,7 @@ async def test_a_group_of_unknown_sizes_is_decided(make_registry: MakeRegistry, 
     sizes = [(await registry.load(name)).size_bytes for name in kinds]
     for name in kinds:
         await registry.unload(name)
-    registry._state.sizes._known.clear()
+    registry._state.history._past.clear()
     registry.resize(int(sum(sizes) * factor))
     asked = len(store.fetches)
     if factor > 1:
@@ -664,7 +667,7 @@ async def test_a_load_of_unknown_size_beside_a_pin_is_decided(make_registry: Mak
     registry = await make_registry(store, load_timeout=20)
     size = (await registry.load("a")).size_bytes
     await registry.unload("a")
-    registry._state.sizes._known.clear()
+    registry._state.history._past.clear()
     pinned = (await registry.pin("pinned")).size_bytes
     registry.resize(pinned + int(size * factor))
     asked = len(store.fetches)

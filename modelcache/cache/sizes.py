@@ -1,4 +1,4 @@
-"""What a model will take: known for a version loaded before, else learned from those loaded so far.
+"""What a model will take, learned from those loaded so far.
 
 Bytes are reserved before a model is parsed, so the estimate has to be an upper bound; too high a one evicts models in
 vain. It rests on the unpacked size, which the header of an archive tells with its first bytes: the mean ratio of
@@ -10,9 +10,6 @@ from __future__ import annotations
 from math import ceil, sqrt
 from typing import NamedTuple
 
-from cachetools import LRUCache
-
-_VERSIONS_KNOWN = 100_000
 _FEW = 8
 
 _FIRST_RATIO = 1.7
@@ -55,18 +52,6 @@ class SizeBook:
 
     def __init__(self) -> None:
         self._ratios: dict[str, _Spread] = {}
-        self._known: LRUCache[tuple[str, str], tuple[int, int]] = LRUCache(_VERSIONS_KNOWN)
-        """Measured and unpacked bytes."""
-
-    def known(self, key: str, version: str) -> int | None:
-        """Return what this version took when it was loaded before."""
-        known: tuple[int, int] | None = self._known.get((key, version))
-        return known[0] if known else None
-
-    def unpacked(self, key: str, version: str) -> int:
-        """Return the unpacked bytes of a version that was loaded before, else 0."""
-        known: tuple[int, int] | None = self._known.get((key, version))
-        return known[1] if known else 0
 
     def bounds(self, unpacked: int, suffix: str) -> Bounds:
         """Return what a model of ``unpacked`` bytes takes; the upper bound is what to reserve."""
@@ -76,9 +61,8 @@ class SizeBook:
         """Return the unpacked size that ``reserved`` bytes are enough for."""
         return max(1, int((reserved - _FIXED) / self._ratio(suffix)))
 
-    def learn(self, key: str, version: str, suffix: str, *, unpacked: int, measured: int) -> None:
+    def learn(self, suffix: str, *, unpacked: int, measured: int) -> None:
         """Take note of a load."""
-        self._known[key, version] = measured, unpacked
         self._ratios.setdefault(suffix, _Spread()).add(max(0, measured - _FIXED) / max(1, unpacked))
 
     def _ratio(self, suffix: str) -> float:

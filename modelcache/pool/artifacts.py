@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,14 +39,14 @@ _REFUSALS: dict[str, type[ModelCacheError]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedFacts:
-    """What a worker says of a model it has loaded."""
+_FACTS_SHARED = 1024
+"""Models of one fleet are alike: thousands have the same columns, and few differ in anything else but their size."""
 
-    size: int
-    """Heap it takes, measured."""
-    seconds: float
-    unpacked_bytes: int
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a model is, whatever its size; equal ones are shared as far as they are met often."""
+
     format: str
     container: str
     n_features: int
@@ -56,12 +57,32 @@ class LoadedFacts:
     n_trees: int | None
     best_iteration: int | None
 
+
+_shared_facts = lru_cache(_FACTS_SHARED)(ModelFacts)
+
+
+@lru_cache(_FACTS_SHARED)
+def _shared_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    return names
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedFacts:
+    """What a worker says of a model it has loaded."""
+
+    size: int
+    """Heap it takes, measured."""
+    seconds: float
+    unpacked_bytes: int
+    model: ModelFacts
+
     @classmethod
     def from_frame(cls, size: int, payload: bytes) -> LoadedFacts:
         """Read a LOADED frame."""
         facts = json.loads(payload)
-        facts["feature_names"] = tuple(facts["feature_names"]) if facts["feature_names"] else None
-        return cls(size=size, **facts)
+        seconds, unpacked = facts.pop("seconds"), facts.pop("unpacked_bytes")
+        facts["feature_names"] = _shared_names(tuple(facts["feature_names"])) if facts["feature_names"] else None
+        return cls(size, seconds, unpacked, _shared_facts(**facts))
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from modelcache.cache.failures import FailureMemory
 from modelcache.cache.sizes import SizeBook
-from modelcache.errors import ModelNotFoundError, StoreError
+from modelcache.errors import ModelCacheError, ModelNotFoundError, StoreError
+from modelcache.history import History, Took
 from modelcache.testing.fakes import FakeClock
 
 LONGEST = 30.0
@@ -123,8 +124,8 @@ def test_the_memory_is_bounded(clock: FakeClock) -> None:
 def learned(ratios: list[float], suffix: str = ".ubj", unpacked: int = 1_000_000) -> SizeBook:
     """A book that has seen loads which took ``ratios`` times their unpacked bytes, and the fixed bytes."""
     book = SizeBook()
-    for number, ratio in enumerate(ratios):
-        book.learn(f"m{number}", "1", suffix, unpacked=unpacked, measured=int(unpacked * ratio) + FIXED)
+    for ratio in ratios:
+        book.learn(suffix, unpacked=unpacked, measured=int(unpacked * ratio) + FIXED)
     return book
 
 
@@ -152,7 +153,7 @@ def test_a_model_smaller_than_the_fixed_bytes_counts_as_nothing() -> None:
     """L2: not as less than nothing, which would lower the ratio of others."""
     book = learned([1.5] * FEW)
     for number in range(FEW):
-        book.learn(f"tiny{number}", "1", ".ubj", unpacked=number, measured=50)
+        book.learn(".ubj", unpacked=number, measured=50)
     ratios = [1.5] * FEW + [0.0] * FEW
     expected = (mean(ratios) + 2 * stdev(ratios)) * 1_000_000 + FIXED
     assert book.bounds(1_000_000, ".ubj").most == pytest.approx(expected, abs=1)
@@ -167,13 +168,31 @@ def test_formats_are_learned_apart() -> None:
 
 def test_what_a_version_took_is_known() -> None:
     """L2: of that name and that version, and of no other; the last load counts."""
-    book = SizeBook()
-    assert (book.known("a", "1"), book.unpacked("a", "1")) == (None, 0)
-    book.learn("a", "1", ".ubj", unpacked=100, measured=140)
-    book.learn("a", "1", ".ubj", unpacked=100, measured=150)
-    assert (book.known("a", "1"), book.unpacked("a", "1")) == (150, 100)
-    assert book.known("a", "2") is None
-    assert book.known("b", "1") is None
+    history = History()
+    assert history.took("a", "1") is None
+    history.measured("a", "1", Took(140, 100))
+    history.measured("a", "1", Took(150, 100))
+    assert history.took("a", "1") == Took(size=150, unpacked=100)
+    assert history.took("a", "2") is None
+    assert history.took("b", "1") is None
+
+
+def test_the_past_of_a_resident_model_is_forgotten() -> None:
+    """What is in its entry is not remembered a second time."""
+    history = History()
+    history.measured("a", "1", Took(140, 100))
+    history.failed("a", ModelCacheError("in vain"), now=1.0)
+    history.settled("a")
+    assert history.of("a") is None
+
+
+def test_names_that_have_long_been_cold_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory of names is bounded: who left or failed longest ago goes first."""
+    monkeypatch.setattr("modelcache.history._NAMES_REMEMBERED", 2)
+    history = History()
+    for name in ("a", "b", "a", "c"):
+        history.measured(name, "1", Took(140, 100))
+    assert [name for name in "abc" if history.of(name)] == ["a", "c"]
 
 
 @given(st.lists(st.floats(0.5, 4.0), max_size=20), st.integers(1, 10**12))
