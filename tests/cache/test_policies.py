@@ -612,7 +612,7 @@ def test_gdsf_looks_once_at_each_pinned() -> None:
             looks += name == "pins"
             return super().__getattribute__(name)
 
-    policy = filled(GDSFPolicy(), [Watched(f"pinned{number}", pins=1) for number in range(1000)])
+    policy = filled(GDSFPolicy(), [Watched(f"pinned{number}", cost=0.1, pins=1) for number in range(1000)])
     filled(policy, spare := models(100))
     assert policy.evict() in spare
     looks = 0
@@ -665,6 +665,29 @@ def test_gdsf_heap_is_bounded() -> None:
         policy.insert(residents[number])
     assert len(policy._heap) <= 2 * 100 + 64
     assert len(drained(policy)) == 100
+
+
+def test_gdsf_an_eviction_after_many_hits_is_short() -> None:
+    """It corrects some tickets and no more, and takes the least of them; evictions that follow correct the others."""
+    policy = filled(GDSFPolicy(), residents := models(1000))
+    for number, entry in enumerate(residents):
+        for _ in range(1 + number % 7):
+            policy.hit(entry)
+    victim = policy.evict()
+    assert residents.index(victim) % 7 == 0  # type: ignore[arg-type]
+    raised = sum(ranked.ticket == ranked.priority for ranked in policy._ranked.values())
+    assert raised < 40
+    assert len(drained(policy)) == 999
+
+
+def test_gdsf_an_eviction_passes_over_any_number_of_pinned_favourites() -> None:
+    """That the first it looks at are all pinned does not make it give up."""
+    policy = filled(GDSFPolicy(), pinned := [Model(f"pinned{number}", cost=0.1) for number in range(100)])
+    filled(policy, [spare := Model("spare")])
+    for entry in [*pinned, spare]:
+        policy.hit(entry)
+        entry.pins = entry is not spare
+    assert policy.evict() is spare
 
 
 def test_gdsf_passed_over_is_bounded() -> None:
