@@ -143,7 +143,7 @@ async def ask(entry: Entry[Resident], call: Call) -> Matrix:
         if timer is not None:
             timer.cancel()
     if rows >= _FEW_ROWS:
-        place.row_seconds[call.output] = seconds / rows
+        place.row_seconds = {**place.row_seconds, call.output: seconds / rows}
     return values
 
 
@@ -163,7 +163,7 @@ async def _ask_in_slices(entry: Entry[Resident], matrix: Matrix, call: Call) -> 
                 sent += len(part)
             values, seconds = await waiting[0][1]
             _end(requests, *waiting.popleft())
-            place.row_seconds[call.output] = seconds / len(values)
+            place.row_seconds = {**place.row_seconds, call.output: seconds / len(values)}
             parts.append(values)
     except ModelCacheError as error:
         error.model = entry.key

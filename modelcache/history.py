@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
+
+from modelcache.cache.recent import Recent
 
 if TYPE_CHECKING:
     from modelcache.cache.entry import Entry
@@ -48,7 +49,7 @@ class History:
     """
 
     def __init__(self) -> None:
-        self._past: OrderedDict[str, Past] = OrderedDict()
+        self._past: Recent[str, Past] = Recent(_NAMES_REMEMBERED)
 
     def of(self, key: str) -> Past | None:
         """Return what is remembered of ``key``."""
@@ -82,11 +83,6 @@ class History:
         past.failed_at, past.error = now, f"{type(error).__name__}: {error}"
 
     def _of(self, key: str) -> Past:
-        past = self._past.get(key)
-        if past is None:
-            past = self._past[key] = Past()
-            if len(self._past) > _NAMES_REMEMBERED:
-                self._past.popitem(last=False)
-        else:
-            self._past.move_to_end(key)
+        past = self._past.get(key) or Past()
+        self._past.note(key, past)
         return past

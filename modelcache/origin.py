@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import anyio.to_thread
-from cachetools import LRUCache
 
+from modelcache.cache.recent import Recent
 from modelcache.errors import ModelNotFoundError, StoreError, StoreUnavailableError
 from modelcache.names import spellings
 from modelcache.pool.pool import XGBOOST
@@ -93,8 +93,9 @@ class Origin:
         self._predictor = predictor
         self._id = ""
         self._has_opened = False
-        self._last_words: LRUCache[str, tuple[float, str | None]] = LRUCache(_NAMES_REMEMBERED)
-        """When the store was last asked for a name, and for which version it answered; None: for none."""
+        self._last_words: Recent[str, tuple[float, str | None]] = Recent(_NAMES_REMEMBERED)
+        """When the store was last asked for a name, and for which version it answered; None: for none. Only local
+        copies can be older than that."""
         self._damaged: set[str] = set()
         """Digests of copies that did not load, in case that they cannot be dropped."""
         self._discarding: set[asyncio.Task[None]] = set()
@@ -206,7 +207,7 @@ class Origin:
         asked_about = held if held is not None or copy is None else copy.version
         answer = await self.store.fetch(name, if_version=asked_about)
         version = answer.version if isinstance(answer, Artifact) else _expected(answer, asked_about, name).version
-        self._last_words[name] = asked_at, version
+        self._note_last_word(name, asked_at, version)
         if copy is not None and copy.version == version:
             return await self._confirmed(copy, held, asked_at, answer)
         if not isinstance(answer, Artifact):
@@ -230,10 +231,14 @@ class Origin:
 
     async def _take_back(self, name: str, version: str | None) -> None:
         """The store has another ``version``, or none: copies of what it had are not to be trusted any more."""
-        self._last_words[name] = wall_clock(), version
+        self._note_last_word(name, wall_clock(), version)
         if self.tier is not None:
             for spelling in spellings(name):
                 await self.tier.forget(self._id, spelling)
+
+    def _note_last_word(self, name: str, at: float, version: str | None) -> None:
+        if self.tier is not None:
+            self._last_words.note(name, (at, version))
 
     def _is_outdated(self, name: str, version: str, current_at: float) -> bool:
         """Say whether the store has said something else of ``name`` since it had ``version``, at ``current_at``."""

@@ -11,6 +11,7 @@ import logging
 import time
 from dataclasses import dataclass, field
 from math import inf
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from modelcache.cache.entry import State
@@ -34,7 +35,7 @@ from modelcache.records import (
 from modelcache.sizing import show_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from modelcache.cache.entry import Entry
     from modelcache.cache.flight import Flight
@@ -47,15 +48,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger("modelcache")
 
 
+_NOTHING_MEASURED: Mapping[int, float] = MappingProxyType({})
+"""Shared by all models: most are never asked for many rows at once."""
+
+
 @dataclass(slots=True, eq=False)
 class Place:
     """Where bytes are taken: a worker, and the number it knows them by."""
 
     worker: Worker
     number: int
-    left: asyncio.Future[None] | None = field(default=None, kw_only=True)
-    """Resolved when the bytes are free; made by whoever waits for that."""
-    ordered_out: float = field(default=0.0, kw_only=True)
 
 
 @dataclass(slots=True, eq=False)
@@ -71,7 +73,7 @@ class Resident(Place):
     """Seconds from asking the store to its last byte."""
     loading: float
     """Seconds from then until the model could be used."""
-    row_seconds: dict[int, float] = field(default_factory=dict)
+    row_seconds: Mapping[int, float] = field(default_factory=lambda: _NOTHING_MEASURED)
     """Seconds a row takes in a large call, as last measured, by what was asked for: contributions cost a thousand
     times what values do."""
     loaded_at: float = field(default_factory=time.time)
@@ -118,6 +120,10 @@ class Residency:
         self.pinned: set[str] = set()
         """Names to be kept resident, whatever happens to the worker that holds them."""
         self.subscribers: list[Callable[[Event], None]] = []
+        self._ordered_out: dict[Entry[Any], float] = {}
+        """When the entries that are leaving were ordered to."""
+        self._left: dict[Entry[Any], asyncio.Future[None]] = {}
+        """Resolved when the bytes of an entry are free; made by whoever waits for that."""
 
     def cost_of(self, key: str, seconds: float) -> float:
         """Return the moving average of what loads of ``key`` take, the newest weighing half."""
@@ -129,7 +135,7 @@ class Residency:
         """A model has become resident."""
         place = entry.value
         place.worker.held[place.number] = entry
-        place.trusted_until = place.checked_at + self._refresh_after
+        place.trusted_until = self._trusted_until(place)
         self.counters.loaded(place, len(self.ledger.table))
         self.history.settled(entry.key)
         if place.replaced is None:
@@ -169,13 +175,17 @@ class Residency:
     def trust(self, place: Resident) -> None:
         """The store has this version now."""
         place.checked_at, place.doubt = self.clock(), None
-        place.trusted_until = place.checked_at + self._refresh_after
+        place.trusted_until = self._trusted_until(place)
+
+    def _trusted_until(self, place: Resident) -> float:
+        # Not the sum of something and infinity, which would be another object for each model.
+        return inf if self._refresh_after == inf else place.checked_at + self._refresh_after
 
     def note_end_of_renewal(self, flight: Flight) -> None:
         """A flight has ended: if nothing came of it, what it was to renew is as old as it was."""
         if flight.renews is not None and flight.renews.value.trusted_until == inf:
             place: Resident = flight.renews.value
-            place.trusted_until = place.checked_at + self._refresh_after
+            place.trusted_until = self._trusted_until(place)
 
     def not_renewed(self, flight: Flight, error: ModelCacheError) -> bool:
         """A renewal has failed: say whether the version that was to be replaced serves on."""
@@ -200,7 +210,7 @@ class Residency:
         """Order the bytes of ``entries`` to be freed, as the ledger has decided."""
         for entry in entries:
             place = entry.value
-            place.ordered_out = time.perf_counter()
+            self._ordered_out[entry] = time.perf_counter()
             place.worker.held[place.number] = entry
             place.worker.unload(place.number)
             if isinstance(place, Resident) and entry.original is None:
@@ -212,7 +222,7 @@ class Residency:
         if entry is None:
             return
         worker.charged -= entry.size
-        self.counters.model_unloading_time.record(time.perf_counter() - entry.value.ordered_out)
+        self.counters.model_unloading_time.record(time.perf_counter() - self._ordered_out[entry])
         self._announce_left(entry)
         self.retire(self.ledger.acknowledge(entry))
 
@@ -295,15 +305,14 @@ class Residency:
 
     def left(self, entry: Entry[Any]) -> asyncio.Future[None]:
         """Return a future that is resolved when the bytes of ``entry`` are free."""
-        place = entry.value
-        if place.left is None:
-            place.left = asyncio.get_running_loop().create_future()
-        future: asyncio.Future[None] = place.left
+        future = self._left.get(entry)
+        if future is None:
+            future = self._left[entry] = asyncio.get_running_loop().create_future()
         return future
 
-    @staticmethod
-    def _announce_left(entry: Entry[Any]) -> None:
-        waiter = entry.value.left
+    def _announce_left(self, entry: Entry[Any]) -> None:
+        self._ordered_out.pop(entry, None)
+        waiter = self._left.pop(entry, None)
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 

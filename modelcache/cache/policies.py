@@ -137,7 +137,7 @@ class GDSFPolicy:
     # halved uses, a falling cost or a growing size can lower a priority, and then hit() puts another object with a
     # new ticket in the place of the old one, which is void: the heap has it still, the table has not.
 
-    # After thousands of hits thousands of tickets are too low, and the event loop must not stand still for 7 ms until
+    # After thousands of hits thousands of tickets are too low, and the event loop must not stand still for 10 ms until
     # the very least is found. So an eviction corrects 32 of them at most, 0.1 ms, and then takes the least of those:
     # those whose priority was low at last, and has risen least.
 

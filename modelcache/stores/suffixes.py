@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from cachetools import LRUCache
-
 from modelcache.names import SUFFIXES, is_name, split_suffix
 
 _REMEMBERED = 100_000
 
 
 class Suffixes:
-    """Remembers which suffix a name was found with, so that it is looked for first the next time."""
+    """Remembers which suffix a name was found with, so that it is looked for first the next time.
+
+    Of 100,000 names; then it begins anew, and each of them costs one more look.
+    """
 
     def __init__(self) -> None:
-        self._found: LRUCache[str, str] = LRUCache(_REMEMBERED)
+        self._found: dict[str, str] = {}
 
     def candidates(self, name: str) -> list[tuple[str, str]]:
         """Return the files that ``name`` may stand for, each with its suffix, in the order to look for them."""
@@ -25,11 +26,12 @@ class Suffixes:
 
     def remembered(self, name: str) -> str | None:
         """Return the suffix that ``name`` was found with."""
-        found: str | None = self._found.get(name)
-        return found
+        return self._found.get(name)
 
     def remember(self, name: str, suffix: str) -> None:
         """Note that ``name`` was found with ``suffix``."""
+        if len(self._found) >= _REMEMBERED:
+            self._found.clear()  # to know which was found longest ago would take 50 bytes more for each name
         self._found[name] = suffix
 
 
