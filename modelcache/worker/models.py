@@ -17,8 +17,8 @@ class LoadedModel:
     def __init__(self, predictor: Predictor, size: int = 0) -> None:
         self.size = size
         """Heap it takes."""
-        self.row_seconds: dict[int, float] = {}
-        """What a row cost in the last prediction of each output."""
+        self.most_rows: dict[int, int] = {}
+        """How many rows may be predicted at a stretch, by what is asked for, as far as that is known."""
         self._predictor: Predictor | None = predictor
         self._lock = Lock()
 

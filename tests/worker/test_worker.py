@@ -12,7 +12,7 @@ import socket
 import sys
 from threading import Thread
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pytest
@@ -22,6 +22,7 @@ import zoo
 from lone_worker import PATIENCE, LoneWorker, ask, bare, read_reply
 from modelcache.pool import wire
 from modelcache.pool.pool import XGBOOST
+from modelcache.testing import FakeClock
 from modelcache.worker.models import LoadedModel
 from modelcache.worker.predicting import RequestLane
 
@@ -117,19 +118,94 @@ def test_rows_of_different_width_are_not_stacked(scene: Scene) -> None:
     assert scene.predictions() == [("value", [1, 3]), ("value", [2])]
 
 
-def test_a_batch_of_slow_rows_is_cut() -> None:
-    """Rule P4: calls that wait for a model whose rows are slow do not keep those for others waiting all at once."""
-    ours, theirs = socket.socketpair()
-    models = {number: LoadedModel(odd.Odd({})) for number in (1, 2)}
-    models[1].row_seconds[0] = 10.0
-    with ours, theirs:
-        ours.sendall(b"".join([*(ask(call, 1, [0, call]) for call in range(1, 5)), ask(5, 2, [0, 5])]))
-        lane = Thread(target=RequestLane(theirs, models).run)
-        lane.start()
-        order = [read_reply(ours).number for _ in range(5)]
-        ours.shutdown(socket.SHUT_WR)
-        lane.join()
-    assert order == [1, 5, 2, 3, 4]
+class Stepping:
+    """A predictor by a clock that only it moves: each row takes ``row_seconds``, each prediction ``seconds`` more."""
+
+    n_features, n_outputs = 2, 1
+    feature_names: tuple[str, ...] | None = None
+
+    def __init__(self, clock: FakeClock, log: list[int], seconds: float = 0.0, row_seconds: float = 0.001) -> None:
+        self._clock = clock
+        self._log = log
+        self._seconds = seconds
+        self._row_seconds = row_seconds
+
+    @classmethod
+    def load(cls, data: memoryview, *, threads: int) -> Self:
+        raise NotImplementedError("the test has made it already")
+
+    def predict(self, rows: np.ndarray[Any, Any], output: str) -> np.ndarray[Any, Any]:
+        del output
+        self._log.append(len(rows))
+        self._clock.advance(self._seconds + self._row_seconds * len(rows))
+        return rows[:, 1]
+
+
+class Served:
+    """A request lane in a thread, by a clock of its own, with models 1 and 2."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log: list[int] = []
+        """How many rows each prediction of model 1 was of."""
+        self.clock = FakeClock()
+        monkeypatch.setattr("modelcache.worker.predicting.perf_counter", self.clock)
+        self.models = {1: LoadedModel(Stepping(self.clock, self.log)), 2: LoadedModel(Stepping(self.clock, []))}
+
+    def order(self, *frames: bytes) -> list[int]:
+        """Return the calls in the order in which they are answered if all of them wait when the first is taken."""
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            ours.settimeout(PATIENCE)
+            ours.sendall(b"".join(frames))
+            lane = Thread(target=RequestLane(theirs, self.models).run)
+            lane.start()
+            order = [read_reply(ours).number for _ in frames]
+            ours.shutdown(socket.SHUT_WR)
+            lane.join()
+        return order
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Served:
+    return Served(monkeypatch)
+
+
+def test_a_thousand_calls_delay_those_for_another_model_by_one_stretch(served: Served) -> None:
+    """Rules P4, P6: after 5 ms of one model's calls it is another's turn; those of one model come in their order."""
+    served.order(ask(0, 1, [0, 0]))  # now it is known that a row takes 1 ms
+    noisy = [ask(call, 1, [0, call]) for call in range(1, 1001)]
+    order = served.order(*noisy[:990], ask(2000, 2, [0, 0]), ask(2001, 2, [0, 1]), *noisy[990:])
+    assert order.index(2000) == 5
+    assert order.index(2001) == 6
+    assert [call for call in order if call < 2000] == list(range(1, 1001))
+
+
+def test_what_was_never_predicted_takes_one_block_to_be_known(served: Served) -> None:
+    """64 rows are tried before it is known what a row takes, and as many as fit into a stretch from then on."""
+    served.order(*(ask(call, 1, [0, call]) for call in range(100)))
+    assert served.log[:3] == [64, 5, 5]
+
+
+def test_a_prediction_with_a_price_of_its_own_grows_until_it_fills_a_stretch(served: Served) -> None:
+    """A row that takes long alone does not keep all batches small: twice as much is tried as long as it fits."""
+    served.models[1] = LoadedModel(Stepping(served.clock, served.log, 0.002, 0.0001))
+    served.order(ask(0, 1, [0, 0]))
+    served.order(*(ask(call, 1, [0, call]) for call in range(1, 40)))
+    assert served.log == [1, 2, 4, 8, 8, 8, 8, 1]
+
+
+def test_a_hiccup_is_forgotten(served: Served) -> None:
+    """One prediction that took long makes batches small for a few more, and not for ever."""
+    served.models[1].most_rows[0] = 1
+    served.order(*(ask(call, 1, [0, call]) for call in range(40)))
+    assert served.log[:6] == [1, 2, 4, 4, 4, 4]
+
+
+def test_outputs_have_limits_of_their_own(served: Served) -> None:
+    """Contributions take a thousand times what values do: what is known of one says nothing of the other."""
+    served.order(ask(0, 1, [0, 0]))
+    served.order(*(ask(call, 1, [0, call], output="contribs") for call in range(9)))
+    assert served.log == [1, 9]
 
 
 def test_a_call_larger_than_all_buffers_is_answered(xgboost_worker: LoneWorker) -> None:
