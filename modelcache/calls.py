@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from modelcache.errors import InvalidInputError, ModelCacheError, OverloadedError, PredictTimeoutError
+from modelcache.admission import admit
+from modelcache.errors import InvalidInputError, ModelCacheError, PredictTimeoutError
 from modelcache.inputs import align, as_matrix
 from modelcache.pool.wire import OUTPUTS, PAYLOAD_LIMIT
 from modelcache.records import Timings
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
     from modelcache.cache.entry import Entry
     from modelcache.pool.lost import Epitaph
-    from modelcache.pool.pool import Worker
     from modelcache.pool.requests import RequestChannel
     from modelcache.records import Output, Tier
     from modelcache.residency import Resident
@@ -123,14 +123,14 @@ async def ask(entry: Entry[Resident], call: Call) -> Matrix:
             matrix, call.columns, model=entry.key, n_features=facts.n_features, feature_names=facts.feature_names
         )
     if requests.waiting >= call.queue_limit:
-        raise _overloaded(entry.key, place.worker, call.queue_limit)
+        admit(entry.key, place, requests, call.queue_limit)
     rows = len(matrix)
     row_seconds = place.row_seconds.get(call.output, _ROW_SECONDS_GUESSED)
     if matrix.nbytes > PAYLOAD_LIMIT or (rows > 1 and rows * row_seconds > 2 * _SLICE_SECONDS):
         return await _ask_in_slices(entry, matrix, call)
     if requests.congested:
         await _writable(entry, call.deadline)
-    number, answer = requests.predict(place.number, matrix, call.output, call.deadline)
+    number, answer = requests.predict(place, matrix, call.output, call.deadline)
     timer = _set_timer(entry, number, answer, call.deadline) if call.deadline else None
     try:
         values, seconds = await answer
@@ -150,14 +150,15 @@ async def ask(entry: Entry[Resident], call: Call) -> Matrix:
 async def _ask_in_slices(entry: Entry[Resident], matrix: Matrix, call: Call) -> Matrix:
     place = entry.value
     requests = place.worker.requests
-    sent, parts = 0, []
+    sent = 0
+    parts: list[Matrix] = []
     waiting: deque[tuple[int, Answer, asyncio.TimerHandle | None]] = deque()
     try:
         while sent < len(matrix) or waiting:
             while sent < len(matrix) and len(waiting) < _SLICES_IN_FLIGHT:
                 await _writable(entry, call.deadline)
                 part = matrix[sent : sent + _slice_rows(place, matrix, call.output)]
-                number, answer = requests.predict(place.number, part, call.output, call.deadline)
+                number, answer = requests.predict(place, part, call.output, call.deadline, begun=bool(parts))
                 timer = _set_timer(entry, number, answer, call.deadline) if call.deadline else None
                 waiting.append((number, answer, timer))
                 sent += len(part)
@@ -200,9 +201,10 @@ def _expire(entry: Entry[Resident], number: int, answer: Answer) -> None:
     if answer.done():
         return
     worker = entry.value.worker
+    wait = worker.requests.expected_wait()  # this call, which has waited in vain, among those that it goes by
     worker.requests.cancel(number)
     worker.suspect()
-    answer.set_exception(_timed_out(entry))
+    answer.set_exception(_timed_out(entry, wait))
 
 
 async def _writable(entry: Entry[Resident], deadline: float) -> None:
@@ -211,25 +213,16 @@ async def _writable(entry: Entry[Resident], deadline: float) -> None:
         async with asyncio.timeout(deadline - monotonic() if deadline else None):
             await entry.value.worker.requests.writable()
     except TimeoutError as error:
-        entry.value.worker.suspect()
-        raise _timed_out(entry) from error
+        worker = entry.value.worker
+        worker.suspect()
+        raise _timed_out(entry, worker.requests.expected_wait()) from error
 
 
-def _timed_out(entry: Entry[Resident]) -> PredictTimeoutError:
-    requests = entry.value.worker.requests
+def _timed_out(entry: Entry[Resident], wait: float) -> PredictTimeoutError:
+    others = entry.value.worker.requests.waiting
     return PredictTimeoutError(
-        f"{entry.key} did not answer within the timeout; {requests.waiting} more calls wait for its worker. "
+        f"{entry.key} did not answer within the timeout; {others} more calls wait for its worker. "
         "Give it more time, or send fewer rows at once.",
         model=entry.key,
-        retry_after=requests.expected_wait(),
-    )
-
-
-def _overloaded(key: str, worker: Worker, limit: int) -> OverloadedError:
-    wait = worker.requests.expected_wait()
-    return OverloadedError(
-        f"{limit} calls wait for the worker of {key} already (queue_limit): try again in {wait:.3f} s, "
-        "or send several rows in one call.",
-        model=key,
         retry_after=wait,
     )

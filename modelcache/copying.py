@@ -9,7 +9,6 @@ needed.
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from modelcache.attempt import Attempt
@@ -56,15 +55,19 @@ class Copier:
         """Return the model that most calls wait for, if they wait because the worker computes."""
         if worker.busy < _BUSY or worker.requests.waiting < _LONG:
             return None
-        (number, calls), *_ = Counter(worker.requests.models_of_calls()).most_common(1) or [(0, 0)]
-        entry: Entry[Resident] | None = worker.held.get(number)
-        if entry is None or calls < _LONG:
+        waited_for = [worker.held[number] for number in worker.requests.models_waiting() & worker.held.keys()]
+        entry: Entry[Resident] | None = max(waited_for, key=_line, default=None)
+        if entry is None or _line(entry) < _LONG:
             return None
         original = entry.original or entry
         return original if original.state is State.READY else None
 
     def _is_under_way(self, entry: Entry[Resident]) -> bool:
         return any(flight.copies is entry for flight in self._state.flights.airborne)
+
+
+def _line(entry: Entry[Resident]) -> int:
+    return entry.value.waiting
 
 
 def pick_worker(pool: Pool, entry: Entry[Resident]) -> Worker | None:

@@ -76,6 +76,8 @@ class Resident(Place):
     row_seconds: Mapping[int, float] = field(default_factory=lambda: _NOTHING_MEASURED)
     """Seconds a row takes in a large call, as last measured, by what was asked for: contributions cost a thousand
     times what values do."""
+    waiting: int = 0
+    """Calls for it that the worker has been sent and has not answered."""
     loaded_at: float = field(default_factory=time.time)
     tier: Tier = field(default="store", kw_only=True)
     """Where its bytes came from."""

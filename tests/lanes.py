@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 
 
 class FakeTransport(asyncio.Transport):
@@ -23,3 +24,11 @@ class FakeTransport(asyncio.Transport):
 
     def close(self) -> None:
         pass
+
+
+@dataclass(eq=False)
+class Line:
+    """The calls for one model that wait for a worker."""
+
+    number: int
+    waiting: int = 0

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from asyncio import InvalidStateError
+from itertools import islice
 from time import monotonic
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -19,15 +20,42 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from modelcache.errors import OverloadedError
     from modelcache.pool.lost import Epitaph
 
 _NUMBERS = 1 << 32
+
+_RECENT = 1.0
+"""Seconds: the rate of answers is that of no more than the last few of these."""
+
+
+class Queue(Protocol):
+    """The calls for one model that have been sent to a worker and are not answered."""
+
+    number: int
+    """What the worker knows the model by."""
+    waiting: int
+    """How many they are; kept by the lane."""
+
+
+class _Pings:
+    """The queue of what is for no model."""
+
+    def __init__(self) -> None:
+        self.number = self.waiting = 0
 
 
 class _Pending(NamedTuple):
     future: asyncio.Future[Any]
     sent: float
-    model: int
+    queue: Queue
+    begun: bool
+    """True if a part of what its caller has asked for is answered already."""
+
+    @property
+    def model(self) -> int:
+        """What the worker knows the model by; 0 for a ping."""
+        return self.queue.number
 
 
 class RequestChannel(Channel):
@@ -45,18 +73,33 @@ class RequestChannel(Channel):
         self.held_up = 0
         """Calls not yet sent, since the worker has not taken enough of what was sent before."""
         self.last_latency = 0.0
+        self._pings = _Pings()
+        self.longest: Queue = self._pings
+        """The longest queue that was seen when calls were compared last."""
+        self._answered = 0
+        self._busy_since = 0.0
+        self._answered_before = 0.0
+        """When it was idle last, or how far back the rate of answers goes; and what was answered by then."""
 
     def predict(
-        self, model: int, rows: NDArray[np.float32], output: int, deadline: float
+        self, queue: Queue, rows: NDArray[np.float32], output: int, deadline: float, *, begun: bool = False
     ) -> tuple[int, asyncio.Future[tuple[NDArray[np.float32], float]]]:
-        """Send ``rows``; the future gives the predictions and the seconds that the worker took for them."""
+        """Send ``rows``; the future gives the predictions and the seconds that the worker took for them.
+
+        ``begun``: they are not the first of a call's slices to be answered.
+        """
         number = self._number = (self._number + 1) % _NUMBERS
         future: asyncio.Future[Any] = self._loop.create_future()
-        self.pending[number] = _Pending(future, monotonic(), model)
+        now = monotonic()
+        if not self.pending:
+            self._busy_since, self._answered_before = now, self._answered
+        self.pending[number] = _Pending(future, now, queue, begun)
+        queue.waiting += 1
         count, columns = rows.shape
         payload = rows.tobytes()
         self.send(
-            wire.REQUEST.pack(len(payload), wire.PREDICT, output, 0, number, model, count, columns, deadline) + payload
+            wire.REQUEST.pack(len(payload), wire.PREDICT, output, 0, number, queue.number, count, columns, deadline)
+            + payload
         )
         return number, future
 
@@ -64,7 +107,8 @@ class RequestChannel(Channel):
         """Ask the worker's main thread for a sign of life."""
         number = self._number = (self._number + 1) % _NUMBERS
         future: asyncio.Future[Any] = self._loop.create_future()
-        self.pending[number] = _Pending(future, monotonic(), 0)
+        self.pending[number] = _Pending(future, monotonic(), self._pings, begun=False)
+        self._pings.waiting += 1
         self.send(wire.REQUEST.pack(0, wire.PING, 0, 0, number, 0, 0, 0, 0.0))
         return future
 
@@ -83,12 +127,32 @@ class RequestChannel(Channel):
 
     def cancel(self, number: int) -> None:
         """Forget a call; the worker skips it if it has not run."""
-        if self.pending.pop(number, None) is not None and not self.closed:
+        pending = self.pending.pop(number, None)
+        if pending is None:
+            return
+        pending.queue.waiting -= 1
+        if not self.closed:
             self.send(wire.REQUEST.pack(0, wire.CANCEL, 0, 0, number, 0, 0, 0, 0.0))
 
-    def models_of_calls(self) -> list[int]:
-        """Return the model of each call in flight."""
-        return [pending.model for pending in self.pending.values()]
+    def displace(self, number: int, error: OverloadedError) -> None:
+        """Let a call that waits fail with ``error``."""
+        future = self.pending[number].future
+        self.cancel(number)
+        future.set_exception(error)
+
+    def newest_of(self, queue: Queue) -> int | None:
+        """Return the newest call in ``queue``, one of which no part is answered if there is any."""
+        begun = None
+        for number, call in reversed(self.pending.items()):
+            if call.queue is queue and not call.future.done():
+                if not call.begun:
+                    return number
+                begun = number if begun is None else begun
+        return begun
+
+    def newest_queues(self, count: int) -> list[Queue]:
+        """Return the queues of the ``count`` newest calls."""
+        return [call.queue for call in islice(reversed(self.pending.values()), count)]
 
     def models_waiting(self) -> set[int]:
         """Return the models that calls in flight are for."""
@@ -100,15 +164,26 @@ class RequestChannel(Channel):
         return first.sent if first else None
 
     def expected_wait(self) -> float:
-        """Return how long a call sent now may take, going by the last answer and by who still waits for one."""
-        oldest = self.oldest()
-        waited = monotonic() - oldest if oldest is not None else 0.0
-        return max(self.last_latency, waited)
+        """Return how many seconds a call sent now may take to be answered.
+
+        By Little's law: the calls that wait, this one among them, by the rate of answers since the worker had nothing
+        to do, or lately. But no less than the oldest has waited, since the worker may be at something long.
+        """
+        now, oldest = monotonic(), self.oldest()
+        waited = 0.0 if oldest is None else now - oldest
+        seconds, answered = now - self._busy_since, self._answered - self._answered_before
+        if not answered or oldest is None:
+            return max(self.last_latency, waited)
+        if seconds > _RECENT:  # what is older counts half with each look
+            self._busy_since = now - seconds / 2
+            self._answered_before = self._answered - answered / 2
+        return max((self.waiting + 1) * seconds / answered, waited)
 
     def fail_all(self, epitaph: Epitaph) -> None:
         """The worker is gone: wake everyone who waits for it."""
         pending, self.pending = self.pending, {}
         for call in pending.values():
+            call.queue.waiting -= 1
             if not call.future.done():
                 call.future.set_exception(WorkerLostError(epitaph))
                 call.future.exception()  # nobody awaits a ping or the second of two slices: no log about that
@@ -117,7 +192,9 @@ class RequestChannel(Channel):
         """Resolve the answered calls; what their callers send next leaves in one write."""
         before = len(self.pending)
         super().data_received(data)
-        if before - len(self.pending) > 1:
+        answered = before - len(self.pending)
+        self._answered += answered
+        if answered > 1:
             # Their callers wake up in the next tick, before what is scheduled now.
             self.cork()
 
@@ -125,8 +202,11 @@ class RequestChannel(Channel):
         """Resolve one call."""
         _, kind, dimensions, _, number, rows, second, third, seconds = header
         pending = self.pending.pop(number, None)
-        if pending is None or pending.future.done():
+        if pending is None:
             return  # cancelled or timed out meanwhile
+        pending.queue.waiting -= 1
+        if pending.future.done():
+            return
         if kind != wire.RESULT:
             _resolve_rarely(pending.future, kind, data[start:end])
             return

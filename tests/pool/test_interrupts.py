@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lanes import FakeTransport
+from lanes import FakeTransport, Line
 from modelcache.pool import wire
 from modelcache.pool.requests import RequestChannel
 
@@ -27,7 +27,7 @@ async def test_a_call_cancelled_by_a_signal_while_it_is_answered() -> None:
     rows = np.zeros((1, 1), np.float32)
     answers = b""
     for _ in range(2):
-        number, future = channel.predict(3, rows, 0, 0.0)
+        number, future = channel.predict(Line(3), rows, 0, 0.0)
         calls.append(future)
         answers += wire.REPLY.pack(4, wire.RESULT, 1, 0, number, 1, 0, 0, 0.1) + np.float32(7).tobytes()
     channel.data_received(answers)

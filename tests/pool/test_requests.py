@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from conftest import settle
-from lanes import FakeTransport
+from lanes import FakeTransport, Line
 from modelcache import InvalidInputError
 from modelcache.pool import wire
 from modelcache.pool.lost import Epitaph, WorkerLostError
 from modelcache.pool.requests import RequestChannel
+from modelcache.testing import FakeClock
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -27,12 +28,13 @@ class Lane:
 
     def __init__(self) -> None:
         self.observed: list[float] = []
+        self.queue = Line(3)
         self.transport = FakeTransport()
         self.channel = RequestChannel(lambda: None, self.observed.append)
         self.channel.connection_made(self.transport)
 
     def predict(self, rows: np.ndarray[Any, Any] = ROWS) -> tuple[int, asyncio.Future[Any]]:
-        return self.channel.predict(3, rows, 0, 0.0)
+        return self.channel.predict(self.queue, rows, 0, 0.0)
 
     def answer(self, number: int, values: np.ndarray[Any, Any], seconds: float = 0.25) -> bytes:
         data = values.astype(np.float32).tobytes()
@@ -62,7 +64,7 @@ async def lane() -> AsyncIterator[Lane]:
 
 async def test_a_call_is_one_frame_of_header_and_rows(lane: Lane) -> None:
     """The worker reads from the header all it needs, and the rows as they are in memory."""
-    number, _ = lane.channel.predict(3, ROWS, 2, 123.5)
+    number, _ = lane.channel.predict(lane.queue, ROWS, 2, 123.5)
     (frame,) = lane.transport.writes
     header = wire.REQUEST.unpack_from(frame)
     assert header == (ROWS.nbytes, wire.PREDICT, 2, 0, number, 3, 2, 6, 123.5)
@@ -192,6 +194,63 @@ async def test_the_oldest_call_tells_how_long_the_worker_has_been_silent(lane: L
     assert lane.channel.oldest() == ages[1]
     lane.channel.cancel(calls[1][0])
     assert lane.channel.oldest() == ages[2]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    made = FakeClock()
+    monkeypatch.setattr("modelcache.pool.requests.monotonic", made)
+    return made
+
+
+async def test_the_wait_to_expect_is_who_waits_by_the_rate_of_answers(lane: Lane, clock: FakeClock) -> None:
+    """P6, Little's law: 100 calls wait, 50 were answered in 0.2 s: a call sent now has its answer in 101 / 250 s."""
+    calls = [lane.predict() for _ in range(150)]
+    clock.advance(0.2)
+    lane.channel.data_received(b"".join(lane.answer(number, np.zeros(2)) for number, _ in calls[:50]))
+    assert lane.channel.expected_wait() == pytest.approx(101 / 250)
+
+
+async def test_time_without_work_does_not_count(lane: Lane, clock: FakeClock) -> None:
+    """P6: the rate is that since the worker had nothing to do, however long that was."""
+    number, _ = lane.predict()
+    lane.channel.data_received(lane.answer(number, np.zeros(2)))
+    clock.advance(1000)
+    calls = [lane.predict() for _ in range(20)]
+    clock.advance(0.1)
+    lane.channel.data_received(b"".join(lane.answer(number, np.zeros(2)) for number, _ in calls[:10]))
+    assert lane.channel.expected_wait() == pytest.approx(11 * 0.1 / 10)
+
+
+async def test_the_rate_of_answers_is_a_recent_one(lane: Lane, clock: FakeClock) -> None:
+    """P6: a worker that has become ten times slower is known to be after a few seconds of refusing."""
+    calls = [lane.predict() for _ in range(2000)]
+    numbers = iter([number for number, _ in calls])
+    for count in [100] * 10 + [10] * 50:  # in steps of 0.1 s
+        clock.advance(0.1)
+        lane.channel.data_received(b"".join(lane.answer(next(numbers), np.zeros(2)) for _ in range(count)))
+        lane.channel.expected_wait()
+    for number in tuple(lane.channel.pending):  # so that the age of the oldest is not what counts
+        lane.channel.cancel(number)
+        lane.predict()
+    waiting = lane.channel.waiting
+    assert lane.channel.expected_wait() == pytest.approx((waiting + 1) / 100, rel=0.2)
+
+
+async def test_before_the_first_answer_the_oldest_calls_age_is_what_there_is(lane: Lane, clock: FakeClock) -> None:
+    """P6: nothing tells of a rate then; and it never takes less, since the worker may be at something long."""
+    assert lane.channel.expected_wait() == 0
+    calls = [lane.predict() for _ in range(3)]
+    clock.advance(3)
+    assert lane.channel.expected_wait() == 3
+    lane.channel.data_received(lane.answer(calls[2][0], np.zeros(2)))
+    clock.advance(4)
+    lane.channel.cancel(calls[1][0])
+    assert lane.channel.expected_wait() == 14
+    clock.advance(100)
+    for number, _ in calls:
+        lane.channel.cancel(number)
+    assert lane.channel.expected_wait() == 3
 
 
 async def test_a_ping_is_answered_like_a_call(lane: Lane) -> None:
