@@ -31,6 +31,12 @@ def admit(key: str, queue: Queue, requests: RequestChannel, limit: int) -> None:
     requests.displace(number, _eviction(victim, requests, limit))
 
 
+def check_not_in_vain(key: str, queue: Queue, requests: RequestChannel, limit: int) -> None:
+    """Raise OverloadedError if :func:`admit` would: before rows are converted that are many, and displacing nobody."""
+    if requests.waiting >= limit and _longer(queue, requests) is None:
+        raise _refusal(key, requests, limit)
+
+
 def _longer(queue: Queue, requests: RequestChannel) -> Queue | None:
     """Return a queue that is still no shorter than ``queue`` when a call has moved from there to here."""
     longest = max((queue, requests.longest, *requests.newest_queues(_COMPARED)), key=_length)

@@ -6,9 +6,10 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Any
 
+from modelcache.admission import check_not_in_vain
 from modelcache.cache.entry import State
 from modelcache.calls import Call, Trace, ask
-from modelcache.errors import LoadTimeoutError, WorkerCrashedError
+from modelcache.errors import LoadTimeoutError, OverloadedError, WorkerCrashedError
 from modelcache.names import check_name
 from modelcache.pool.lost import WorkerLostError
 from modelcache.records import Invocation
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
     Matrix = NDArray[np.float32]
 
 
+_WARY = 1000
+"""Calls that are looked at before their rows are converted, after one that was refused."""
+
+
 class Answering:
     """Answers calls; ``start`` makes sure that the workers are up, ``queue_limit`` is for each of them."""
 
@@ -50,11 +55,15 @@ class Answering:
         self._life = life
         self._start = start
         self._queue_limit = queue_limit
+        self._wary = 0
+        """Calls to be refused, if they will be, before their rows are converted."""
 
     async def predict(
         self, name: str, rows: Any, output: Output, timeout: float | None, trace: Trace | None = None
     ) -> Matrix:
         """Return predictions; ``trace`` takes note of what became of the call."""
+        if self._wary and _may_be_many(rows):
+            self._refuse_early(self._leasing.find(name))
         call = Call(rows, output, timeout, self._queue_limit)
         for _ in range(2):
             entry = self._leasing.take_resident(name) or await self._take_cold(name, call, trace)
@@ -68,6 +77,9 @@ class Answering:
             except WorkerLostError as error:
                 self._life.check()  # perhaps it was ended by close()
                 call.lost = error.epitaph
+            except OverloadedError:
+                self._note_refusal()
+                raise
             else:
                 self._quarantine.acquit(entry)
                 return answer
@@ -85,6 +97,8 @@ class Answering:
     async def predict_leased(self, lease: Lease, rows: Any, output: Output, timeout: float | None) -> Matrix:
         """Predict with the version that ``lease`` holds; :meth:`Lease.predict` is the way to call it."""
         self._life.check()
+        if self._wary and _may_be_many(rows):
+            self._refuse_early(lease.entry)
         call = Call(rows, output, timeout, self._queue_limit)
         for _ in range(2):
             lease.check_held()
@@ -96,6 +110,9 @@ class Answering:
             except WorkerLostError as error:
                 self._life.check()
                 call.lost = error.epitaph
+            except OverloadedError:
+                self._note_refusal()
+                raise
         raise _crashed_twice(lease.name, call.lost)
 
     def info(self, entry: Entry[Resident]) -> ModelInfo:
@@ -109,6 +126,21 @@ class Answering:
             return await ask(seat, call)
         finally:
             self._leasing.release(seat)
+
+    def _note_refusal(self) -> None:
+        self._state.counters.rejected += 1
+        self._wary = _WARY
+
+    def _refuse_early(self, entry: Entry[Resident] | None) -> None:
+        """Refuse a call that will be refused anyhow, before its rows are converted."""
+        self._wary -= 1
+        if entry is None or entry.copies:  # which of them the call would go to is not decided yet
+            return
+        try:
+            check_not_in_vain(entry.key, entry.value, entry.value.worker.requests, self._queue_limit)
+        except OverloadedError:
+            self._note_refusal()
+            raise
 
     async def _take_cold(self, name: str, call: Call, trace: Trace | None) -> Entry[Resident]:
         started = time.perf_counter()
@@ -138,6 +170,11 @@ class Answering:
         if lease.held and lease.entry is held:
             lease.entry, entry = entry, held
         self._leasing.release(entry)
+
+
+def _may_be_many(rows: Any) -> bool:
+    """Return whether it may take long to convert ``rows``; one row takes less than to find out."""
+    return not (type(rows) is list and len(rows) == 1)
 
 
 def _crashed_twice(name: str, epitaph: Epitaph | None) -> WorkerCrashedError:

@@ -32,6 +32,7 @@ class Counters:
         self.load_failures = 0
         self.refreshes = 0
         self.copies_made = 0
+        self.rejected = 0
         self._evictions: Counter[EvictionCause] = Counter()
 
     def loaded(self, place: Resident, resident: int) -> None:

@@ -159,6 +159,8 @@ class RegistryStats:
     load_failures: int
     refreshes: int
     """New versions that have taken the place of older ones."""
+    rejected: int
+    """Calls that were refused, or made way for others, since ``queue_limit`` calls waited for their worker."""
     evictions: Mapping[EvictionCause, int]
     copies: int
     """Copies of hot models in further workers."""

@@ -336,6 +336,7 @@ class Residency:
             loads_from_disk=counters.loads_from_disk,
             load_failures=counters.load_failures,
             refreshes=counters.refreshes,
+            rejected=counters.rejected,
             evictions=counters.evictions,
             copies=len(ledger.copies),
             copies_made=counters.copies_made,

@@ -12,8 +12,8 @@ import odd
 import zoo
 from conftest import settle
 from lanes import FakeTransport, Line
-from modelcache import MemoryStore, OverloadedError
-from modelcache.admission import admit
+from modelcache import InvalidInputError, MemoryStore, OverloadedError
+from modelcache.admission import admit, check_not_in_vain
 from modelcache.pool import wire
 from modelcache.pool.requests import RequestChannel
 
@@ -136,6 +136,16 @@ async def test_a_call_that_is_being_cancelled_is_not_displaced(lane: Lane) -> No
         await lane.futures[noisy[-2]]
 
 
+async def test_rows_are_looked_at_only_if_there_is_a_chance(lane: Lane) -> None:
+    """The check before the conversion displaces nobody: the rows may turn out to be none."""
+    lane.send(lane.noisy, LIMIT)
+    check_not_in_vain("m2", lane.quiet, lane.channel, LIMIT)
+    with pytest.raises(OverloadedError, match="of m1 already"):
+        check_not_in_vain("m1", lane.noisy, lane.channel, LIMIT)
+    assert lane.noisy.waiting == lane.channel.waiting == LIMIT
+    check_not_in_vain("m1", lane.noisy, lane.channel, LIMIT + 1)
+
+
 # With a worker
 
 
@@ -185,6 +195,40 @@ async def test_a_displaced_call_is_refused_and_never_predicted(
     assert (await quiet).tolist() == [42]
     assert [(await call).tolist() for call in calls[:-1]] == [[0], [2], [4]]
     assert "3.0" not in (tmp_path / "log").read_text()
+    assert registry.stats().rejected == 1
+
+
+async def test_refused_calls_are_counted(registry: ModelRegistry, gate: odd.Gate) -> None:
+    """P6: by name or by a lease, and whether they waited or not."""
+    async with registry.acquire("noisy") as lease:
+        calls = await flood(registry, gate)
+        for refused in (registry.predict("noisy", [0, 9]), lease.predict([0, 9]), registry.invoke("noisy", [0, 9])):
+            with pytest.raises(OverloadedError):
+                await refused
+        gate.open()
+        await asyncio.gather(*calls)
+    assert registry.stats().rejected == 3
+
+
+async def test_many_rows_are_not_converted_in_vain(registry: ModelRegistry, gate: odd.Gate) -> None:
+    """P6: while calls are being refused, what may take long to convert is refused first; one row is checked before."""
+    calls = await flood(registry, gate)
+    for rows, error in (
+        ("no rows", InvalidInputError), ([[0, 9]], OverloadedError), ("no rows", OverloadedError),
+        ([["nothing"]], InvalidInputError),
+    ):  # fmt: skip
+        with pytest.raises(error):
+            await registry.predict("noisy", rows)
+    with pytest.raises(InvalidInputError):
+        await registry.predict("quiet", "no rows")
+    async with registry.acquire("noisy") as lease:
+        with pytest.raises(OverloadedError):
+            await lease.predict("no rows")
+    gate.open()
+    await asyncio.gather(*calls)
+    for name in ("noisy", "unknown"):
+        with pytest.raises(InvalidInputError):
+            await registry.predict(name, "no rows")
 
 
 async def test_a_displaced_slice_fails_its_call(make_registry: MakeRegistry) -> None:
