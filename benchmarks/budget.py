@@ -5,9 +5,9 @@
 
 One client asks ten small models in turn, one worker answers. The clock is read where the call passes from one hand to
 the next: in the caller, where the parent writes to the worker, around XGBoost in the worker, where the parent has read
-the answer, and in the caller again. Reading it costs a microsecond a call, which is in the figures. In the same rounds: the
-same call without any clock, an echo between two processes, XGBoost called directly, and the processor time that parent
-and worker take for a call. All processes of a host share the clock.
+the answer, and in the caller again. Reading it costs a microsecond a call, which is in the figures. In the same rounds:
+the same call without any clock, an echo between two processes, XGBoost called directly, and the processor time that
+parent and worker take for a call. All processes of a host share the clock.
 """
 
 from __future__ import annotations
