@@ -65,6 +65,8 @@ class Answering:
         if self._wary and _may_be_many(rows):
             self._refuse_early(self._leasing.find(name))
         call = Call(rows, output, timeout, self._queue_limit)
+        if call.unread is not None:
+            await call.read()
         for _ in range(2):
             entry = self._leasing.take_resident(name) or await self._take_cold(name, call, trace)
             if trace is not None:
@@ -100,6 +102,8 @@ class Answering:
         if self._wary and _may_be_many(rows):
             self._refuse_early(lease.entry)
         call = Call(rows, output, timeout, self._queue_limit)
+        if call.unread is not None:
+            await call.read()
         for _ in range(2):
             lease.check_held()
             if lease.entry.state is State.GONE:  # its worker has ended

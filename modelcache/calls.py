@@ -1,23 +1,34 @@
 """A call: rows to the worker that holds the model, predictions back, within a deadline.
 
-A call that would keep a worker busy for long travels in slices, two at a time: calls of others that arrive meanwhile
-are answered between them.
+A call that would keep a worker busy for long travels in slices, two at a time: one is copied while the other is being
+predicted, and calls of others that arrive meanwhile are answered between them. Large batches are not converted, nor
+even copied, as a whole: each slice goes from the caller's array straight into memory shared with the worker.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
+from functools import partial
 from math import isnan
 from time import monotonic, perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from anyio import to_thread
 
 from modelcache.admission import admit
 from modelcache.errors import InvalidInputError, ModelCacheError, PredictTimeoutError
-from modelcache.inputs import align, as_matrix
-from modelcache.pool.wire import OUTPUTS, PAYLOAD_LIMIT
+from modelcache.inputs import (
+    as_matrix,
+    column_order,
+    is_large,
+    is_numeric_array,
+    read_large,
+    write_rows,
+)
+from modelcache.pool.shared import SLOT_BYTES
+from modelcache.pool.wire import OUTPUTS
 from modelcache.records import Timings
 
 if TYPE_CHECKING:
@@ -25,7 +36,6 @@ if TYPE_CHECKING:
 
     from modelcache.cache.entry import Entry
     from modelcache.pool.lost import Epitaph
-    from modelcache.pool.requests import RequestChannel
     from modelcache.records import Output, Tier
     from modelcache.residency import Resident
 
@@ -36,8 +46,12 @@ _OUTPUT_CODES = {output: code for code, output in enumerate(OUTPUTS)}
 
 _VALUE = _OUTPUT_CODES["value"]
 
-_SLICE_SECONDS = 0.005
-"""How long one slice should keep a worker busy."""
+_SLICE_SECONDS = 0.001
+"""How long one slice should keep a worker busy: others that come may wait so long."""
+_SHORT_SLICE_SECONDS = 0.0004
+"""The same while there are others: a slice costs 0.05 to 0.1 ms beside its rows."""
+_ALONE_AFTER = 20
+"""Slices in a row after which there are no others: who waits for an answer to ask the next is there again sooner."""
 _FEW_ROWS = 64
 """XGBoost predicts in blocks of this many: fewer tell little about the cost of a row."""
 _ROW_SECONDS_GUESSED = _SLICE_SECONDS / _FEW_ROWS
@@ -50,12 +64,24 @@ _SLICES_IN_FLIGHT = 2
 class Call:
     """Rows on their way, and what became of them so far."""
 
-    __slots__ = ("answered_by", "columns", "deadline", "lost", "matrix", "output", "queue_limit", "values")
+    __slots__ = (
+        "answered_by", "columns", "deadline", "large", "lost", "matrix", "output", "queue_limit", "unread", "values",
+    )  # fmt: skip
 
     def __init__(self, rows: Any, output: Output, timeout: float | None, queue_limit: int) -> None:
-        matrix, self.columns = as_matrix(rows)
-        # The caller may change his own array before all of it is sent, or before it is sent to a second worker.
-        self.matrix = matrix.copy() if matrix is rows else matrix
+        self.unread: Any = None
+        """Large rows that are yet to be read, by :meth:`read`; None if the matrix is there."""
+        self.matrix: NDArray[Any]
+        """float32 in row-major order; numbers of any kind, in the caller's own array, if it is large."""
+        self.large = is_large(rows)
+        if not self.large:
+            matrix, self.columns = as_matrix(rows)
+            # The caller may change his own array before it is sent to a second worker.
+            self.matrix = matrix.copy() if matrix is rows else matrix
+        elif is_numeric_array(rows):
+            self.matrix, self.columns = rows, None
+        else:
+            self.unread = rows
         try:
             self.output = _OUTPUT_CODES[output]
         except (KeyError, TypeError):
@@ -68,6 +94,17 @@ class Call:
         """The end of the last worker that was asked."""
         self.answered_by: Entry[Resident] | None = None
         """The model that has predicted for it as it was loaded."""
+
+    async def read(self) -> None:
+        """Convert what the event loop should not, in a thread, within the call's deadline."""
+        try:
+            async with asyncio.timeout_at(_loop_time(self.deadline)):
+                self.matrix, self.columns = await to_thread.run_sync(read_large, self.unread, abandon_on_cancel=True)
+        except TimeoutError as error:
+            raise PredictTimeoutError(
+                "The timeout passed while the rows were being converted: give it more time, or pass a float32 array.",
+            ) from error
+        self.unread = None
 
     @property
     def may_go_ahead(self) -> bool:
@@ -118,16 +155,20 @@ async def ask(entry: Entry[Resident], call: Call) -> Matrix:
     """Return the predictions of a leased ``entry``."""
     place, matrix = entry.value, call.matrix
     facts, requests = place.facts, place.worker.requests
+    order: list[int] | None = None
     if call.columns is not None or matrix.shape[1] != facts.n_features:
-        matrix = align(
-            matrix, call.columns, model=entry.key, n_features=facts.n_features, feature_names=facts.feature_names
-        )
+        order = column_order(
+            matrix.shape[1], call.columns,
+            model=entry.key, n_features=facts.n_features, feature_names=facts.feature_names,
+        )  # fmt: skip
     if requests.waiting >= call.queue_limit:
         admit(entry.key, place, requests, call.queue_limit)
     rows = len(matrix)
     row_seconds = place.row_seconds.get(call.output, _ROW_SECONDS_GUESSED)
-    if matrix.nbytes > PAYLOAD_LIMIT or (rows > 1 and rows * row_seconds > 2 * _SLICE_SECONDS):
-        return await _ask_in_slices(entry, matrix, call)
+    if call.large or (rows > 1 and rows * row_seconds > 2 * _SLICE_SECONDS):
+        return await _ask_in_slices(entry, call, order)
+    if order is not None:
+        matrix = matrix.take(order, axis=1)
     if requests.congested:
         await _writable(entry, call.deadline)
     number, answer = requests.predict(place, matrix, call.output, call.deadline)
@@ -147,47 +188,70 @@ async def ask(entry: Entry[Resident], call: Call) -> Matrix:
     return values
 
 
-async def _ask_in_slices(entry: Entry[Resident], matrix: Matrix, call: Call) -> Matrix:
-    place = entry.value
-    requests = place.worker.requests
-    sent = 0
-    parts: list[Matrix] = []
-    waiting: deque[tuple[int, Answer, asyncio.TimerHandle | None]] = deque()
+class _Slice(NamedTuple):
+    """Rows ``start`` to ``stop`` of a call, on their way to a worker that holds the model."""
+
+    start: int
+    stop: int
+    place: Resident
+    number: int
+    answer: Answer
+    timer: asyncio.TimerHandle | None
+
+
+async def _ask_in_slices(entry: Entry[Resident], call: Call, order: list[int] | None) -> Matrix:
+    rows, sent = len(call.matrix), 0
+    answers: Matrix | None = None
+    waiting: deque[_Slice] = deque()
     try:
-        while sent < len(matrix) or waiting:
-            while sent < len(matrix) and len(waiting) < _SLICES_IN_FLIGHT:
+        while sent < rows or waiting:
+            while sent < rows and len(waiting) < _SLICES_IN_FLIGHT:
                 await _writable(entry, call.deadline)
-                part = matrix[sent : sent + _slice_rows(place, matrix, call.output)]
-                number, answer = requests.predict(place, part, call.output, call.deadline, begun=bool(parts))
-                timer = _set_timer(entry, number, answer, call.deadline) if call.deadline else None
-                waiting.append((number, answer, timer))
-                sent += len(part)
-            values, seconds = await waiting[0][1]
-            _end(requests, *waiting.popleft())
+                waiting.append(_send_slice(entry, call, order, sent, begun=answers is not None))
+                sent = waiting[-1].stop
+            values, seconds = await waiting[0].answer
+            answered = waiting.popleft()
+            _end(answered)
+            place = answered.place
             place.row_seconds = {**place.row_seconds, call.output: seconds / len(values)}
-            parts.append(values)
+            if answers is None:
+                answers = np.empty((rows, *values.shape[1:]), np.float32)
+            answers[answered.start : answered.stop] = values
     except ModelCacheError as error:
         error.model = entry.key
         raise
     finally:
         for slice_ in waiting:
-            _end(requests, *slice_)
-    return np.concatenate(parts)
+            _end(slice_)
+    assert answers is not None
+    return answers
 
 
-def _end(requests: RequestChannel, number: int, answer: Answer, timer: asyncio.TimerHandle | None) -> None:
+def _send_slice(entry: Entry[Resident], call: Call, order: list[int] | None, start: int, *, begun: bool) -> _Slice:
+    place = entry.value
+    part = call.matrix[start : start + _slice_rows(place, call)]
+    number, answer = place.worker.requests.predict_written(
+        place, part.shape, partial(write_rows, part, order), call.output, call.deadline, begun=begun
+    )
+    timer = _set_timer(entry, number, answer, call.deadline) if call.deadline else None
+    return _Slice(start, start + len(part), place, number, answer, timer)
+
+
+def _end(slice_: _Slice) -> None:
     """Let go of a slice, answered or not."""
-    if timer is not None:
-        timer.cancel()
-    if answer.cancel():
-        requests.cancel(number)
-    elif not answer.cancelled():
-        answer.exception()  # it may have failed unseen, behind the slice that failed the call
+    if slice_.timer is not None:
+        slice_.timer.cancel()
+    if slice_.answer.cancel():
+        slice_.place.worker.requests.cancel(slice_.number)
+    elif not slice_.answer.cancelled():
+        slice_.answer.exception()  # it may have failed unseen, behind the slice that failed the call
 
 
-def _slice_rows(place: Resident, matrix: Matrix, output: int) -> int:
-    most: int = PAYLOAD_LIMIT // (4 * matrix.shape[1])
-    wanted = _SLICE_SECONDS / place.row_seconds.get(output, _ROW_SECONDS_GUESSED)
+def _slice_rows(place: Resident, call: Call) -> int:
+    most: int = SLOT_BYTES // (4 * call.matrix.shape[1])
+    alone = place.worker.requests.slices_in_a_row >= _ALONE_AFTER
+    seconds = _SLICE_SECONDS if alone else _SHORT_SLICE_SECONDS
+    wanted = seconds / place.row_seconds.get(call.output, _ROW_SECONDS_GUESSED)
     return max(1, min(most, int(wanted)))
 
 
@@ -216,6 +280,11 @@ async def _writable(entry: Entry[Resident], deadline: float) -> None:
         worker = entry.value.worker
         worker.suspect()
         raise _timed_out(entry, worker.requests.expected_wait()) from error
+
+
+def _loop_time(deadline: float) -> float | None:
+    """Return ``deadline``, which is monotonic and 0.0 for none, by the clock of the loop."""
+    return asyncio.get_running_loop().time() + deadline - monotonic() if deadline else None
 
 
 def _timed_out(entry: Entry[Resident], wait: float) -> PredictTimeoutError:

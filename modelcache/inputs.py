@@ -3,8 +3,8 @@
 Two steps, because rows that no model could take are refused before anything is loaded, while the columns of
 the model are known only after::
 
-    matrix, columns = as_matrix(rows)                                                # InvalidInputError
-    matrix = align(matrix, columns, model=name, n_features=6, feature_names=names)   # FeatureMismatchError
+    matrix, columns = as_matrix(rows)                                              # InvalidInputError
+    order = column_order(6, columns, model=name, n_features=6, feature_names=...)  # FeatureMismatchError
 
 Numbers are rounded as XGBoost rounds them: integers go straight to float32, not by way of float64, and what
 is too large for float32 becomes infinite without a warning. NaN, None, nulls, masked values and the entries
@@ -19,6 +19,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from contextvars import Context, copy_context
+from time import sleep
 from traceback import format_exception_only
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
@@ -35,7 +36,15 @@ if TYPE_CHECKING:
     Values: TypeAlias = NDArray[np.float32]
     Names: TypeAlias = tuple[str, ...] | None
 
-__all__ = ["align", "as_matrix"]
+__all__ = [
+    "LARGE_CELLS",
+    "as_matrix",
+    "column_order",
+    "is_large",
+    "is_numeric_array",
+    "read_large",
+    "write_rows",
+]
 
 _FLOAT32 = np.dtype(np.float32)
 _MATRIX = 2  # dimensions
@@ -45,6 +54,11 @@ _CATEGORICAL = ("categor", "enum", "dictionary")  # how the dtypes of pandas, po
 _MISSING = frozenset({"NoneType", "NAType", "MaskedConstant"})  # by name: pandas may not be imported
 _BYTES = frozenset({bytes, bytearray, memoryview})
 _SHOWN = 5  # names in one message
+_ROWS = (list, tuple, np.ndarray)
+LARGE_CELLS = 1 << 18
+"""1 MiB of float32. To copy as much takes the event loop 0.1 ms, to convert it from float64 0.3."""
+_CELLS_OF_PIECE = 1 << 13
+_PAUSE = 0.00005  # seconds: shorter ones end before the loop's thread is awake
 _REMEDY = "Pass rows of numbers: lists, a 1-D or 2-D array, a DataFrame, an Arrow table or a sparse matrix."
 
 # The rows that array("f") converts as XGBoost does. It rounds by way of float64: not for integers alone.
@@ -83,16 +97,72 @@ def as_matrix(rows: Any) -> tuple[Values, Names]:
         raise InvalidInputError(f"Rows of type {_type(rows)} could not be read ({reason}). {_REMEDY}") from error
 
 
-def align(matrix: Values, columns: Names, *, model: str, n_features: int, feature_names: Names) -> Values:
-    """Return ``matrix`` with its columns in the order of the model: by name where both sides have names."""
+def column_order(width: int, columns: Names, *, model: str, n_features: int, feature_names: Names) -> list[int] | None:
+    """Return which of ``width`` columns is to come first, second ...; None if they are in the order of the model."""
     if columns is None or feature_names is None or columns == feature_names:
-        if matrix.shape[1] == n_features:
-            return matrix
-        raise _wrong_count(matrix.shape[1], model, n_features, feature_names)
+        if width == n_features:
+            return None
+        raise _wrong_count(width, model, n_features, feature_names)
     places = {name: place for place, name in enumerate(columns)}
     if len(columns) == len(feature_names) and places.keys() == set(feature_names):
-        return matrix.take([places[name] for name in feature_names], axis=1)
+        return [places[name] for name in feature_names]
     raise _wrong_names(columns, model, n_features, feature_names)
+
+
+# Large batches: converted slice by slice, or in a thread, as the event loop has others to serve
+
+
+def is_large(rows: Any) -> bool:
+    """Say whether ``rows`` are several with more than `LARGE_CELLS` values, as far as their outside tells."""
+    kind = type(rows)
+    if kind is list or kind is tuple:
+        return len(rows) > 1 and isinstance(rows[0], _ROWS) and len(rows) * len(rows[0]) > LARGE_CELLS
+    try:
+        shape = rows.shape
+        return len(shape) == _MATRIX and shape[0] > 1 and shape[0] * shape[1] > LARGE_CELLS
+    except Exception:  # noqa: BLE001 - foreign objects raise what they like, and as_matrix() says what it was
+        return False
+
+
+def is_numeric_array(rows: Any) -> bool:
+    """Say whether `write_rows` takes ``rows`` as they are, once they have two dimensions."""
+    return type(rows) is np.ndarray and rows.dtype.kind in _NUMBERS
+
+
+def read_large(rows: Any) -> tuple[Values, Names]:
+    """Do what `as_matrix` does, in a thread.
+
+    NumPy lets go of the GIL while it converts numbers, but not while it reads a list, which takes seconds for a million
+    rows: lists are read in pieces, with a pause after each in which the event loop gets hold of it.
+    """
+    if type(rows) is list:
+        try:
+            return _in_pieces(rows), None
+        except ValueError:
+            pass  # what is wrong, and in which row, is said of the whole
+    return as_matrix(rows)
+
+
+def _in_pieces(rows: list[Any]) -> Values:
+    width = len(rows[0])
+    values = np.empty((len(rows), width), np.float32)
+    step = max(1, _CELLS_OF_PIECE // max(1, width))
+    for start in range(0, len(rows), step):
+        piece = rows[start : start + step]
+        read = as_matrix(piece)[0]
+        if read.shape != (len(piece), width):  # NumPy would repeat a single value
+            raise ValueError("rows of different lengths")
+        values[start : start + step] = read
+        sleep(_PAUSE)
+    return values
+
+
+def write_rows(cells: NDArray[Any], order: list[int] | None, into: Values) -> None:
+    """Put numbers of any dtype ``into`` float32 of the same shape, with the columns in ``order``."""
+    if order is None:
+        _QUIET.copy().run(np.copyto, into, cells, casting="unsafe")
+    else:
+        cells.take(order, axis=1, out=into, mode="clip")  # not "raise", which would make a copy first
 
 
 def _convert(rows: Any) -> tuple[Values, Names]:

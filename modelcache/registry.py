@@ -245,7 +245,8 @@ class ModelRegistry:
         ``rows``: a list of rows, one row, a 1-D or 2-D array, a pandas or polars DataFrame, an Arrow table or record
         batch, a SciPy sparse matrix; converted to float32, NaN and None are missing. Named columns are checked against
         the model's feature names and put into their order. ``output``: "value", "margin", "leaf" or "contribs".
-        ``timeout`` is in seconds.
+        ``timeout`` is in seconds. Rows of more than 1 MiB as float32 are not copied beforehand: an array, or whatever
+        holds them, must not be changed until the call has returned.
 
         The result is float32 of shape (n,), or (n, k) for a model of k outputs: one row gives (1,) or (1, k).
         """

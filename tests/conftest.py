@@ -70,6 +70,7 @@ async def make_registry(no_processes_left: None) -> AsyncIterator[MakeRegistry]:
         yield make
         for registry in made:
             oracle.check(registry)
+            await oracle.slots_come_back(registry)
     for registry in made:
         oracle.check_gone(registry)
     await asyncio.sleep(0)

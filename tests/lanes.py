@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from dataclasses import dataclass
+
+from modelcache.pool.shared import Arena, Slots, map_memory, shared_memory
+
+
+def both_ends() -> tuple[Slots, Arena]:
+    """Return memory as the parent and as its worker see it."""
+    descriptor = shared_memory()
+    try:
+        return Slots(map_memory(descriptor)), Arena(map_memory(descriptor))
+    finally:
+        os.close(descriptor)
 
 
 class FakeTransport(asyncio.Transport):

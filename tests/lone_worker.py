@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from modelcache.pool import wire
-from modelcache.pool.blackbox import BlackBox, shared_memory
+from modelcache.pool.blackbox import BlackBox
 from modelcache.pool.pool import XGBOOST
+from modelcache.pool.shared import Slots, map_memory, shared_memory
 
 MAIN = Path(wire.__file__).parent.parent / "worker" / "__main__.py"
 PATIENCE = 20.0
@@ -44,9 +45,10 @@ class LoneWorker:
     def __init__(self, predictor: str = XGBOOST, *options: str) -> None:
         self.requests, theirs = socket.socketpair()
         self.artifacts, theirs_too = socket.socketpair()
-        memory = shared_memory()
-        self.box = BlackBox(memory)
-        descriptors = (theirs.fileno(), theirs_too.fileno(), memory)
+        shared = shared_memory()
+        memory = map_memory(shared)
+        self.box, self.slots = BlackBox(memory), Slots(memory)
+        descriptors = (theirs.fileno(), theirs_too.fileno(), shared)
         imports = map(os.path.abspath, sys.path)
         self.process = subprocess.Popen(
             [sys.executable, "-P", *options, str(MAIN), *map(str, descriptors), "1", predictor, *imports],
@@ -56,7 +58,7 @@ class LoneWorker:
         )
         theirs.close()
         theirs_too.close()
-        os.close(memory)
+        os.close(shared)
         self.requests.settimeout(PATIENCE)
         self.artifacts.settimeout(PATIENCE)
         self.hello = self.report()
@@ -66,6 +68,7 @@ class LoneWorker:
         self.requests.close()
         self.artifacts.close()
         self.box.close()
+        self.slots.close()
         _, said = self.process.communicate(timeout=PATIENCE)
         return said.decode()
 

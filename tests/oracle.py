@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modelcache.cache.entry import State
+from modelcache.pool.shared import SLOTS
 
 if TYPE_CHECKING:
     from modelcache import ModelRegistry
@@ -62,6 +63,15 @@ def check(registry: ModelRegistry, *, shrunk: bool = False) -> None:
     ledger = state.ledger
     assert set(by_identity) == {id(entry) for entry in [*ledger.table.values(), *ledger.copies, *ledger.leaving]}
     assert all(count == 1 for count in by_identity.values())
+
+
+async def slots_come_back(registry: ModelRegistry) -> None:
+    """Each slot that was lent comes back when its worker reports it, also if its call was cancelled or timed out."""
+    async with asyncio.timeout(5):
+        for worker in registry._pool.workers:
+            while worker.alive and sorted(worker.requests.slots.free) != list(range(1, SLOTS + 1)):
+                assert len(set(worker.requests.slots.free)) == len(worker.requests.slots.free), "one is lent twice"
+                await asyncio.sleep(0)
 
 
 def check_gone(registry: ModelRegistry) -> None:

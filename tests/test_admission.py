@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import odd
 import zoo
 from conftest import settle
-from lanes import FakeTransport, Line
+from lanes import FakeTransport, Line, both_ends
 from modelcache import InvalidInputError, MemoryStore, OverloadedError
 from modelcache.admission import admit, check_not_in_vain
 from modelcache.pool import wire
@@ -33,14 +34,17 @@ class Lane:
 
     def __init__(self) -> None:
         self.transport = FakeTransport()
-        self.channel = RequestChannel(lambda: None, lambda _: None)
+        self.channel = RequestChannel(lambda: None, lambda _: None, both_ends()[0])
         self.channel.connection_made(self.transport)
         self.noisy, self.quiet, self.third = (Line(number) for number in (1, 2, 3))
         self.futures: dict[int, asyncio.Future[Any]] = {}
 
     def send(self, line: Line, count: int = 1, *, begun: bool = False) -> list[int]:
         """Send calls past the limit; return their numbers."""
-        sent = [self.channel.predict(line, ROWS, 0, 0.0, begun=begun) for _ in range(count)]
+        sent = [
+            self.channel.predict_written(line, ROWS.shape, partial(np.copyto, src=ROWS), 0, 0.0, begun=begun)
+            for _ in range(count)
+        ]
         self.futures.update(sent)
         return [number for number, _ in sent]
 

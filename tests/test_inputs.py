@@ -26,7 +26,7 @@ from hypothesis.extra import numpy as hnp
 from scipy import sparse
 
 from modelcache.errors import FeatureMismatchError, InvalidInputError
-from modelcache.inputs import align, as_matrix
+from modelcache.inputs import as_matrix, column_order, write_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -590,7 +590,10 @@ MODEL: dict[str, Any] = {"model": "Chicago_IL", "n_features": 3, "feature_names"
 
 def aligned(columns: tuple[str, ...] | None, **changes: Any) -> NDArray[np.float32]:
     rows = np.arange(2 * len(columns or NAMES), dtype=np.float32).reshape(2, -1)
-    return align(rows, columns, **(MODEL | changes))
+    order = column_order(rows.shape[1], columns, **(MODEL | changes))
+    into = np.empty((2, len(NAMES)), np.float32)
+    write_rows(rows, order, into)
+    return into
 
 
 @pytest.mark.parametrize(
@@ -599,17 +602,16 @@ def aligned(columns: tuple[str, ...] | None, **changes: Any) -> NDArray[np.float
 )
 def test_align_by_position(columns: Any, names: Any) -> None:
     """Without names on both sides, or with the same ones, columns stay as they are and are only counted."""
-    rows = SQUARE.astype(np.float32)
-    assert align(rows, columns, **(MODEL | {"feature_names": names})) is rows
+    assert column_order(3, columns, **(MODEL | {"feature_names": names})) is None
 
 
 @pytest.mark.parametrize("columns", [None, ("a", "b"), ("a", "b", "c", "d")])
 def test_align_counts(columns: Any) -> None:
     """Too many or too few columns are refused, with the figures and the model's names."""
-    rows = np.zeros((2, len(columns or "ab")), np.float32)
+    width = len(columns or "ab")
     with pytest.raises(FeatureMismatchError, match=r"Chicago_IL.*takes 3 columns") as caught:
-        align(rows, columns, **(MODEL | {"feature_names": NAMES if columns is None else None}))
-    assert (caught.value.expected, caught.value.got) == (3, rows.shape[1])
+        column_order(width, columns, **(MODEL | {"feature_names": NAMES if columns is None else None}))
+    assert (caught.value.expected, caught.value.got) == (3, width)
     assert caught.value.model == "Chicago_IL"
     assert ("'year', 'size', 'rooms'" in str(caught.value)) is (columns is None)
 
@@ -617,7 +619,9 @@ def test_align_counts(columns: Any) -> None:
 def test_align_reorders() -> None:
     """Columns by the model's names are put into the model's order, and the caller's matrix stays as it is."""
     rows = SQUARE.astype(np.float32)
-    same(align(rows, ("rooms", "year", "size"), **MODEL), [[1, 2, 0], [4, 5, 3]])
+    into = np.empty_like(rows)
+    write_rows(rows, column_order(3, ("rooms", "year", "size"), **MODEL), into)
+    same(into, [[1, 2, 0], [4, 5, 3]])
     same(rows, SQUARE)
 
 
@@ -652,4 +656,4 @@ def test_align_caps_long_lists() -> None:
 
 def test_duplicates_without_names_in_the_model() -> None:
     """Duplicate names do no harm where columns go by position."""
-    assert aligned(("a", "a", "b"), feature_names=None).shape == (2, 3)
+    assert column_order(3, ("a", "a", "b"), **(MODEL | {"feature_names": None})) is None

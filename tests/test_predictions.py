@@ -15,6 +15,7 @@ import xgboost as xgb
 
 import zoo
 from modelcache import FeatureMismatchError, InvalidInputError, MemoryStore
+from modelcache.inputs import LARGE_CELLS
 
 if TYPE_CHECKING:
     from conftest import MakeRegistry
@@ -138,10 +139,13 @@ async def test_results_belong_to_the_caller(registry: ModelRegistry) -> None:
     assert not np.shares_memory(one, two)
 
 
-@pytest.mark.parametrize("count", [3, 100_000])
+@pytest.mark.parametrize("count", [3, LARGE_CELLS // zoo.N])
 @pytest.mark.parametrize("name", ["regression", "named"])
 async def test_the_array_may_change_while_the_call_is_under_way(registry: ModelRegistry, name: str, count: int) -> None:
-    """The rows are those at the time of the call, cold and warm, sent at once or in slices, array or DataFrame."""
+    """The rows are those at the time of the call, cold and warm, sent at once or in slices, array or DataFrame.
+
+    Up to 1 MiB of them: what is larger is not copied.
+    """
     model = {"regression": kind_of("regression"), "named": NAMED}[name]
     for _ in ("cold", "warm"):
         rows = np.ascontiguousarray(zoo.rows(count))

@@ -6,31 +6,20 @@ and a wake-up of the parent. Shared by both sides, so it imports little.
 
 from __future__ import annotations
 
-import mmap
-import os
-import tempfile
+from typing import TYPE_CHECKING
 
-_SIZE = 4
-"""One number of 32 bits: as such it is stored at once, so that nobody reads half of one."""
+from modelcache.pool.shared import BOX_OFFSET
 
-
-def shared_memory() -> int:
-    """Return a descriptor of zeroed memory for a worker to inherit; it is gone with the last process that has it."""
-    if hasattr(os, "memfd_create"):  # not on macOS, nor where Python was built for an old C library
-        descriptor = os.memfd_create("modelcache", os.MFD_CLOEXEC)
-    else:
-        with tempfile.TemporaryFile() as file:
-            descriptor = os.dup(file.fileno())
-    os.ftruncate(descriptor, _SIZE)
-    return descriptor
+if TYPE_CHECKING:
+    import mmap
 
 
 class BlackBox:
-    """One end of it, which does not need ``descriptor`` any more when it is made."""
+    """One end of it, at the end of ``memory``."""
 
-    def __init__(self, descriptor: int) -> None:
-        self._memory = mmap.mmap(descriptor, _SIZE)
-        self._number = memoryview(self._memory).cast("I")
+    def __init__(self, memory: mmap.mmap) -> None:
+        # One number of 32 bits: as such it is stored at once, so that nobody reads half of one.
+        self._number = memoryview(memory)[BOX_OFFSET:].cast("I")
         self._last: int | None = None
 
     @property
@@ -47,4 +36,3 @@ class BlackBox:
         if self._last is None:
             self._last = self._number[0]
             self._number.release()
-            self._memory.close()

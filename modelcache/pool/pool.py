@@ -72,7 +72,7 @@ class Worker:
         """Start the process and wait until it is up; on an error nothing of it is left."""
         self.process = await start_process(
             self._lanes,
-            lambda: RequestChannel(self._lane_lost, self.latency.record),
+            lambda: RequestChannel(self._lane_lost, self.latency.record, self._lanes.slots),
             lambda: ArtifactChannel(
                 self._lane_lost, self._lanes.box, hello=self.hello.set_result, unloaded=self._on_unloaded
             ),
@@ -190,7 +190,7 @@ class Worker:
         if not await self.process.wait(_LEAVE_TIMEOUT):
             self.process.kill("it did not leave when told to" if patient else "")
             await self.process.wait()
-        self._lanes.box.close()
+        self._lanes.release_memory()
         return self._epitaph()
 
     def _epitaph(self) -> Epitaph:

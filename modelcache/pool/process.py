@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from anyio import to_thread
 
 from modelcache.errors import ModelCacheError
-from modelcache.pool.blackbox import BlackBox, shared_memory
+from modelcache.pool.blackbox import BlackBox
 from modelcache.pool.channel import Channel
+from modelcache.pool.shared import Slots, map_memory, shared_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -71,9 +72,10 @@ class _LastWords(asyncio.Protocol):
 
 
 class Lanes:
-    """The parent's ends of a worker's two lanes and of its black box, from the moment there are any."""
+    """The parent's ends of a worker's two lanes and of the memory they share, from the moment there are any."""
 
     box: BlackBox
+    slots: Slots
 
     def __init__(self) -> None:
         self.ends: tuple[socket.socket, ...] = ()
@@ -91,24 +93,32 @@ class Lanes:
                 self.ends += (end,)
                 workers.enter_context(workers_end)
                 descriptors.append(workers_end.fileno())
-            descriptors.append(memory := shared_memory())
-            workers.callback(os.close, memory)
-            self.box = BlackBox(memory)
+            descriptors.append(descriptor := shared_memory())
+            workers.callback(os.close, descriptor)
+            memory = map_memory(descriptor)
+            self.box, self.slots = BlackBox(memory), Slots(memory)
             yield descriptors
 
     def close(self) -> None:
-        """Close both lanes, if they have not become transports, and the box."""
+        """Close both lanes, if they have not become transports, and let go of the memory."""
         for end in self.ends:
             end.close()
         if hasattr(self, "box"):
-            self.box.close()
+            self.release_memory()
+
+    def release_memory(self) -> None:
+        """Let go of the memory; what the black box has said is kept."""
+        self.box.close()
+        self.slots.close()
 
     def abandon(self) -> None:
-        """Let go of both without a word to the loop, which may be another process's.
+        """Let go of all without a word to the loop, which may be another process's.
 
-        Something harmless takes the place of each: its number must not go to another file, which the transport would
-        close when it is collected.
+        Something harmless takes the place of each socket: its number must not go to another file, which the transport
+        would close when it is collected.
         """
+        if hasattr(self, "box"):
+            self.release_memory()
         for end in self.ends:
             if end.fileno() >= 0:  # its transport has not closed it
                 harmless = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from asyncio import InvalidStateError
+from functools import partial
 from itertools import islice
 from time import monotonic
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
 
     from modelcache.errors import OverloadedError
     from modelcache.pool.lost import Epitaph
+    from modelcache.pool.shared import Slots
+
+    Matrix = NDArray[np.float32]
+
+SHARED_FROM = 32 << 10
+"""Bytes of rows from which a slot is cheaper than the socket."""
 
 _NUMBERS = 1 << 32
 
@@ -61,11 +68,12 @@ class _Pending(NamedTuple):
 class RequestChannel(Channel):
     """Sends rows, and resolves the future of each call when its predictions come back.
 
-    ``observe(seconds)`` is told how long each answered call took from here to here.
+    ``observe(seconds)`` is told how long each answered call took from here to here. Large batches travel in ``slots``.
     """
 
-    def __init__(self, lost: Callable[[], None], observe: Callable[[float], None]) -> None:
+    def __init__(self, lost: Callable[[], None], observe: Callable[[float], None], slots: Slots) -> None:
         super().__init__(wire.REPLY, lost)
+        self.slots = slots
         self._observe = observe
         self._number = 0
         self.pending: dict[int, _Pending] = {}
@@ -80,14 +88,54 @@ class RequestChannel(Channel):
         self._busy_since = 0.0
         self._answered_before = 0.0
         """When it was idle last, or how far back the rate of answers goes; and what was answered by then."""
+        self.slices_in_a_row = 0
+        """Calls of :meth:`predict_written` since anything else was sent."""
+        self._last_slice = 0
 
     def predict(
-        self, queue: Queue, rows: NDArray[np.float32], output: int, deadline: float, *, begun: bool = False
-    ) -> tuple[int, asyncio.Future[tuple[NDArray[np.float32], float]]]:
-        """Send ``rows``; the future gives the predictions and the seconds that the worker took for them.
+        self, queue: Queue, rows: Matrix, output: int, deadline: float
+    ) -> tuple[int, asyncio.Future[tuple[Matrix, float]]]:
+        """Send ``rows``; the future gives the predictions and the seconds that the worker took for them."""
+        if rows.nbytes >= SHARED_FROM:
+            return self.predict_written(queue, rows.shape, partial(np.copyto, src=rows), output, deadline)
+        count, columns = rows.shape
+        return self._send(queue, (0, count, columns), rows.tobytes(), output, deadline, begun=False)
 
-        ``begun``: they are not the first of a call's slices to be answered.
+    def predict_written(
+        self,
+        queue: Queue,
+        shape: tuple[int, int],
+        write: Callable[[Matrix], None],
+        output: int,
+        deadline: float,
+        *,
+        begun: bool = False,
+    ) -> tuple[int, asyncio.Future[tuple[Matrix, float]]]:
+        """Send the rows that ``write`` puts into an array of ``shape``; the future is that of :meth:`predict`.
+
+        The array is a slot, or if none is free, or large enough, memory that is sent like other rows. ``begun``: they
+        are not the first of a call's slices to be answered.
         """
+        slot, payload = self.slots.take(shape), b""
+        if slot:
+            try:
+                write(self.slots.at(slot, shape))
+            except BaseException:
+                self.slots.give_back(slot)
+                raise
+        else:
+            rows = np.empty(shape, np.float32)
+            write(rows)
+            payload = rows.tobytes()
+        number, future = self._send(queue, (slot, *shape), payload, output, deadline, begun=begun)
+        self.slices_in_a_row = self.slices_in_a_row + 1 if number == self._last_slice + 1 else 0
+        self._last_slice = number
+        return number, future
+
+    def _send(
+        self, queue: Queue, where: tuple[int, int, int], payload: bytes, output: int, deadline: float, *, begun: bool
+    ) -> tuple[int, asyncio.Future[Any]]:
+        """Send a request; ``where`` its rows are: the slot or 0, and their shape."""
         number = self._number = (self._number + 1) % _NUMBERS
         future: asyncio.Future[Any] = self._loop.create_future()
         now = monotonic()
@@ -95,10 +143,9 @@ class RequestChannel(Channel):
             self._busy_since, self._answered_before = now, self._answered
         self.pending[number] = _Pending(future, now, queue, begun)
         queue.waiting += 1
-        count, columns = rows.shape
-        payload = rows.tobytes()
+        slot, rows, columns = where
         self.send(
-            wire.REQUEST.pack(len(payload), wire.PREDICT, output, 0, number, queue.number, count, columns, deadline)
+            wire.REQUEST.pack(len(payload), wire.PREDICT, output, slot, number, queue.number, rows, columns, deadline)
             + payload
         )
         return number, future
@@ -200,22 +247,29 @@ class RequestChannel(Channel):
 
     def frame_received(self, header: tuple[Any, ...], data: bytes, start: int, end: int) -> None:
         """Resolve one call."""
-        _, kind, dimensions, _, number, rows, second, third, seconds = header
+        _, kind, dimensions, slot, number, rows, second, third, seconds = header
+        if slot:
+            self.slots.give_back(slot)  # what is in it is read before anybody can take it
+            if kind == wire.SKIPPED:
+                return
         pending = self.pending.pop(number, None)
         if pending is None:
             return  # cancelled or timed out meanwhile
         pending.queue.waiting -= 1
         if pending.future.done():
             return
-        if kind != wire.RESULT:
+        if kind == wire.RESULT:
+            # Through a bytearray, so that the caller's array is writable and keeps no larger buffer alive.
+            values = np.frombuffer(bytearray(data[start:end]), np.float32)
+            if dimensions > 1:
+                values = values.reshape((rows, second, third)[:dimensions])
+        elif kind == wire.SHARED:
+            values = self.slots.at(slot, (rows, second, third)[:dimensions]).copy()
+        else:
             _resolve_rarely(pending.future, kind, data[start:end])
             return
         self.last_latency = monotonic() - pending.sent
         self._observe(self.last_latency)
-        # Through a bytearray, so that the caller's array is writable and keeps no larger buffer alive.
-        values = np.frombuffer(bytearray(data[start:end]), np.float32)
-        if dimensions > 1:
-            values = values.reshape((rows, second, third)[:dimensions])
         try:  # noqa: SIM105 - costs nothing on the hot path; suppress() does
             pending.future.set_result((values, seconds))
         except InvalidStateError:

@@ -5,12 +5,18 @@ Every header starts with the payload's length, then the kind of the frame:
 
 *Request lane* (rows and predictions; served by the worker's main thread)::
 
-    PREDICT  call, model, output, deadline, rows x columns   payload: float32, row-major
+    PREDICT  call, model, output, deadline, rows x columns   payload: float32, row-major; none if they are in a slot
     CANCEL   call                                            skip this call if it has not run
     PING     call                                            answered by PONG: the main thread is alive
     RESULT   call, seconds, shape                            payload: float32, row-major
+    SHARED   call, seconds, shape                            RESULT whose values are in the slot that the rows were in
+    SKIPPED  call                                            it was cancelled or past its deadline: its slot is free
     ERROR    call                                            the model refuses the rows; payload: message, UTF-8
     FAULT    call                                            the predictor is at fault, not the rows; payload: message
+
+Rows of more than some 10 KiB lie in a slot of memory that both sides share (shared.py), and the frame carries its
+number, 0 for none. Whatever answers such a call carries it back: until then the slot is the worker's, which reports it
+by SKIPPED if nobody wants the answer any more.
 
 *Artifact lane* (bytes of models; served by the worker's loader thread)::
 
@@ -52,7 +58,7 @@ from __future__ import annotations
 from struct import Struct
 
 # kinds, request lane
-PREDICT, CANCEL, PING, PONG, RESULT, ERROR, FAULT = range(1, 8)
+PREDICT, CANCEL, PING, PONG, RESULT, ERROR, FAULT, SHARED, SKIPPED = range(1, 10)
 # kinds, artifact lane
 BEGIN, OPEN, CHUNK, END, GRANT, UNLOAD, MEASURE = range(16, 23)
 HELLO, NEED, ANSWER, LOADED, SAVED, FAILED, UNLOADED, HEAP = range(32, 40)
@@ -61,10 +67,10 @@ OUTPUTS = ("value", "margin", "leaf", "contribs")
 """What a call may ask for; a frame carries the index."""
 
 REQUEST = Struct("<IBBHIIIId")
-"""PREDICT, CANCEL, PING: payload length, kind, output, 0, call, model, rows, columns, deadline."""
+"""PREDICT, CANCEL, PING: payload length, kind, output, slot, call, model, rows, columns, deadline."""
 
 REPLY = Struct("<IBBHIIIIf")
-"""RESULT, ERROR, FAULT, PONG: payload length, kind, dimensions, 0, call, shape (3 numbers), seconds of prediction."""
+"""What the worker answers: payload length, kind, dimensions, slot, call, shape (3 numbers), seconds of prediction."""
 
 ARTIFACT = Struct("<IBBHIQ")
 """Artifact lane, both directions: payload length, kind, dimensions, 0, model, bytes or rows."""

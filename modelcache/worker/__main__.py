@@ -1,8 +1,9 @@
 """A worker process: two threads, two lanes, no event loop.
 
-Started by its path, ``python .../modelcache/worker/__main__.py REQUESTS ARTIFACTS BOX THREADS PREDICTOR IMPORTS...``,
-with the descriptors of two sockets and of its black box, and the folders that the parent imports from. Ends when the
-parent closes the request lane or dies; ignores Ctrl-C, which is the parent's to decide about.
+Started by its path, ``python .../modelcache/worker/__main__.py REQUESTS ARTIFACTS MEMORY THREADS PREDICTOR
+IMPORTS...``, with the descriptors of two sockets and of the memory that it shares with the parent, and the folders that
+the parent imports from. Ends when the parent closes the request lane or dies; ignores Ctrl-C, which is the parent's to
+decide about.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
 from modelcache.pool.blackbox import BlackBox
+from modelcache.pool.shared import Arena, map_memory
 from modelcache.worker.heap import Heap
 from modelcache.worker.loading import ArtifactLane
 from modelcache.worker.predicting import RequestLane
@@ -63,18 +65,19 @@ _BROKEN = 70
 """Exit code of a worker that met a fault of its own (EX_SOFTWARE)."""
 
 
-def main(requests: int, artifacts: int, box: int, threads: int, predictor: str) -> None:
+def main(requests: int, artifacts: int, shared: int, threads: int, predictor: str) -> None:
     """Serve both lanes until the parent goes away."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Not of all threads: one that runs meanwhile is read while it changes, and what that crashes is the report.
     faulthandler.enable(all_threads=False)
     sys.setswitchinterval(_GIL_HANDOVER)
     models: Models = {}
-    lane = ArtifactLane(socket.socket(fileno=artifacts), models, heap=Heap(), box=BlackBox(box), threads=threads)
-    os.close(box)
+    memory = map_memory(shared)
+    os.close(shared)
+    lane = ArtifactLane(socket.socket(fileno=artifacts), models, heap=Heap(), box=BlackBox(memory), threads=threads)
     load_forever = partial(lane.run, lambda: resolve(predictor))
     threading.Thread(target=_until_parent_leaves, args=(load_forever,), daemon=True).start()
-    _until_parent_leaves(RequestLane(socket.socket(fileno=requests), models).run)
+    _until_parent_leaves(RequestLane(socket.socket(fileno=requests), models, Arena(memory)).run)
 
 
 def _until_parent_leaves(serve: Callable[[], None]) -> NoReturn:
@@ -92,5 +95,5 @@ def _until_parent_leaves(serve: Callable[[], None]) -> NoReturn:
 
 
 if __name__ == "__main__":
-    _requests, _artifacts, _box, _threads = map(int, sys.argv[1:5])
-    main(_requests, _artifacts, _box, _threads, sys.argv[5])
+    _requests, _artifacts, _shared, _threads = map(int, sys.argv[1:5])
+    main(_requests, _artifacts, _shared, _threads, sys.argv[5])

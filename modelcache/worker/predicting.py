@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from modelcache.pool import wire
+from modelcache.pool.shared import SLOT_BYTES
 from modelcache.worker.inbox import Inbox
 from modelcache.worker.predictors import PredictorFaultError, StagedRows, described, interface_of, no_message
 
 if TYPE_CHECKING:
     import socket
 
+    from modelcache.pool.shared import Arena
     from modelcache.worker.models import LoadedModel, Models
     from modelcache.worker.predictors import Matrix
 
@@ -54,20 +56,27 @@ class _GroupKey(NamedTuple):
     model: int
     output: int
     columns: int
+    slot: int
+    """Where the rows are, if they did not come with the frame: such a call is a group by itself."""
 
 
 class RequestLane:
-    """Serve predictions from ``sock`` with ``models`` until the parent closes the other end."""
+    """Serve predictions from ``sock`` with ``models`` until the parent closes the other end.
 
-    def __init__(self, sock: socket.socket, models: Models) -> None:
+    Rows that did not come with their frame are in ``arena``.
+    """
+
+    def __init__(self, sock: socket.socket, models: Models, arena: Arena) -> None:
         self._inbox = Inbox(sock, wire.REQUEST)
         self._sock = sock
         self._models = models
+        self._arena = arena
         self._staging = _Staging(wire.PAYLOAD_LIMIT // 4)
         self._groups: dict[_GroupKey, list[_Call]] = {}
         self._cancelled: set[int] = set()
         self._answers: list[bytes] = []
         self._flushed = monotonic()
+        self._was_slice = False
 
     def run(self) -> None:
         """Serve until end of file."""
@@ -83,24 +92,36 @@ class RequestLane:
                 self._flush()
 
     def _take(self, header: tuple[int, ...], payload: memoryview) -> None:
-        _, kind, output, _, number, model, rows, columns, deadline = header
+        _, kind, output, slot, number, model, rows, columns, deadline = header
         if kind == wire.PREDICT:
             call = _Call(number, rows, deadline, bytes(payload))
-            self._groups.setdefault(_GroupKey(model, output, columns), []).append(call)
+            self._groups.setdefault(_GroupKey(model, output, columns, slot), []).append(call)
         elif kind == wire.CANCEL:
             self._cancelled.add(number)
         elif kind == wire.PING:
             self._answers.append(wire.REPLY.pack(0, wire.PONG, 0, 0, number, 0, 0, 0, 0.0))
 
     def _predict_oldest_group(self) -> None:
-        key = next(iter(self._groups))
+        key = self._next_group()
         calls = self._groups.pop(key)
-        calls = self._still_wanted(calls)
-        batch, rest = _split(calls, self._most_rows(key))
+        wanted = self._still_wanted(calls)
+        batch, rest = _split(wanted, self._most_rows(key))
         if rest:
             self._groups[key] = rest
         if batch:
             self._predict(key, batch)
+        elif key.slot:
+            self._answers.append(wire.REPLY.pack(0, wire.SKIPPED, 0, key.slot, calls[0].number, 0, 0, 0, 0.0))
+
+    def _next_group(self) -> _GroupKey:
+        """Return the oldest group, but after a slice the oldest that is none: others wait for one slice, never two."""
+        key = next(iter(self._groups))
+        if key.slot and self._was_slice:
+            key = next((other for other in self._groups if not other.slot), key)
+        self._was_slice = bool(key.slot)
+        if self._was_slice:
+            self._flush()  # it takes longer than answers may be held
+        return key
 
     def _most_rows(self, key: _GroupKey) -> int:
         """Return how many rows may be predicted at a stretch: as many as are staged, and keep others for no longer."""
@@ -118,15 +139,23 @@ class RequestLane:
     def _predict(self, key: _GroupKey, batch: list[_Call]) -> None:
         try:
             loaded = self._loaded(key.model)
-            rows = self._staging.put([call.payload for call in batch], key.columns)
+            rows = self._rows(key, batch)
             started = perf_counter()
             values = loaded.predict(rows, wire.OUTPUTS[key.output])
             seconds = perf_counter() - started
             _check_result(values, len(rows))
             _learn(loaded.most_rows, key.output, len(rows), seconds)
-            self._answer(batch, values, seconds)
+            if key.slot:
+                self._answer_in_slot(key.slot, batch[0], values, seconds)
+            else:
+                self._answer(batch, values, seconds)
         except Exception as error:  # noqa: BLE001 - whatever a predictor raises is the answer of these calls
             self._refuse(key, batch, error)
+
+    def _rows(self, key: _GroupKey, batch: list[_Call]) -> StagedRows:
+        if key.slot:
+            return _staged(self._arena.at(key.slot, (batch[0].rows, key.columns)))
+        return self._staging.put([call.payload for call in batch], key.columns)
 
     def _loaded(self, model: int) -> LoadedModel:
         loaded = self._models.get(model)
@@ -146,6 +175,17 @@ class RequestLane:
             self._answers.append(data[start:end])
             start = end
 
+    def _answer_in_slot(self, slot: int, call: _Call, values: Matrix, seconds: float) -> None:
+        """Put ``values`` in the place of the rows, or send them where they take more than the slot has."""
+        tail = (*values.shape[1:], 0, 0)[:2]
+        kind, data = wire.SHARED, b""
+        if 4 * values.size <= SLOT_BYTES:
+            np.copyto(self._arena.at(slot, values.shape), values, casting="unsafe")
+        else:
+            kind, data = wire.RESULT, np.ascontiguousarray(values, np.float32).tobytes()
+        header = wire.REPLY.pack(len(data), kind, values.ndim, slot, call.number, call.rows, *tail, seconds)
+        self._answers += (header, data)
+
     def _refuse(self, key: _GroupKey, batch: list[_Call], error: Exception) -> None:
         if len(batch) > 1:  # one bad member must not spoil the others
             for call in batch:
@@ -153,7 +193,7 @@ class RequestLane:
             return
         kind, reason = _blame(error)
         message = reason.encode(errors="replace")
-        header = wire.REPLY.pack(len(message), kind, 0, 0, batch[0].number, 0, 0, 0, 0.0)
+        header = wire.REPLY.pack(len(message), kind, 0, key.slot, batch[0].number, 0, 0, 0, 0.0)
         self._answers += (header, message)
 
     def _flush(self) -> None:
@@ -209,6 +249,12 @@ def _split(calls: list[_Call], most_rows: int) -> tuple[list[_Call], list[_Call]
     return calls, []
 
 
+def _staged(rows: Matrix) -> StagedRows:
+    view = rows.view(StagedRows)
+    view.interface = interface_of(view)
+    return view
+
+
 class _Staging:
     """A buffer at a fixed address that batches are put together in, with one array per shape ever seen."""
 
@@ -228,9 +274,7 @@ class _Staging:
     def _view(self, shape: tuple[int, int]) -> StagedRows:
         if len(self._views) >= _SHAPES_KEPT:
             self._views.clear()
-        view = self._floats[: shape[0] * shape[1]].reshape(shape).view(StagedRows)
-        view.interface = interface_of(view)
-        self._views[shape] = view
+        view = self._views[shape] = _staged(self._floats[: shape[0] * shape[1]].reshape(shape))
         return view
 
     def _resize(self, capacity: int) -> None:

@@ -12,7 +12,8 @@ import pytest
 from lanes import FakeTransport
 from modelcache.pool import wire
 from modelcache.pool.artifacts import ArtifactChannel
-from modelcache.pool.blackbox import BlackBox, shared_memory
+from modelcache.pool.blackbox import BlackBox
+from modelcache.pool.shared import map_memory, shared_memory
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -29,7 +30,7 @@ async def transport() -> AsyncIterator[FakeTransport]:
 async def channel(transport: FakeTransport) -> AsyncIterator[ArtifactChannel]:
     """A lane whose worker is played by the test."""
     memory = shared_memory()
-    box = BlackBox(memory)
+    box = BlackBox(map_memory(memory))
     os.close(memory)
     channel = ArtifactChannel(lambda: None, box, hello=lambda _: None, unloaded=lambda _: None)
     channel.connection_made(transport)

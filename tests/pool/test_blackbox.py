@@ -10,7 +10,8 @@ import pytest
 
 import zoo
 from modelcache import MemoryStore
-from modelcache.pool.blackbox import BlackBox, shared_memory
+from modelcache.pool.blackbox import BlackBox
+from modelcache.pool.shared import map_memory, shared_memory
 
 if TYPE_CHECKING:
     from conftest import MakeRegistry
@@ -30,7 +31,7 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 def test_both_ends_have_the_same_number() -> None:
     """The parent's end tells it also when both are closed."""
     memory = shared_memory()
-    parent, worker = BlackBox(memory), BlackBox(memory)
+    parent, worker = BlackBox(map_memory(memory)), BlackBox(map_memory(memory))
     os.close(memory)
     assert parent.parsing == 0
     worker.parsing = 7

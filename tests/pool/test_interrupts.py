@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lanes import FakeTransport, Line
+from lanes import FakeTransport, Line, both_ends
 from modelcache.pool import wire
 from modelcache.pool.requests import RequestChannel
 
@@ -22,7 +22,7 @@ async def test_a_call_cancelled_by_a_signal_while_it_is_answered() -> None:
         calls[0].cancel()
 
     transport = FakeTransport()
-    channel = RequestChannel(lambda: None, interrupt)
+    channel = RequestChannel(lambda: None, interrupt, both_ends()[0])
     channel.connection_made(transport)
     rows = np.zeros((1, 1), np.float32)
     answers = b""

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from conftest import settle
-from lanes import FakeTransport, Line
+from lanes import FakeTransport, Line, both_ends
 from modelcache import InvalidInputError
 from modelcache.pool import wire
 from modelcache.pool.lost import Epitaph, WorkerLostError
-from modelcache.pool.requests import RequestChannel
+from modelcache.pool.requests import SHARED_FROM, RequestChannel
+from modelcache.pool.shared import SLOT_BYTES, SLOTS
 from modelcache.testing import FakeClock
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ class Lane:
         self.observed: list[float] = []
         self.queue = Line(3)
         self.transport = FakeTransport()
-        self.channel = RequestChannel(lambda: None, self.observed.append)
+        self.slots, self.arena = both_ends()
+        self.channel = RequestChannel(lambda: None, self.observed.append, self.slots)
         self.channel.connection_made(self.transport)
 
     def predict(self, rows: np.ndarray[Any, Any] = ROWS) -> tuple[int, asyncio.Future[Any]]:
@@ -290,3 +292,131 @@ async def test_an_end_that_nobody_awaits_is_not_logged(lane: Lane) -> None:
     lane.channel.fail_all(EPITAPH)
     await settle(2)
     assert complaints == []
+
+
+# Rows in shared memory
+
+MANY = np.arange(6 * 2000, dtype=np.float32).reshape(-1, 6)
+
+
+def report(kind: int, number: int, slot: int, *shape: int, payload: bytes = b"") -> bytes:
+    """Return what the worker says of a call whose rows are in ``slot``."""
+    whole = (*shape, 0, 0, 0)[:3]
+    return wire.REPLY.pack(len(payload), kind, len(shape), slot, number, *whole, 0.5) + payload
+
+
+def slots_of(lane: Lane) -> list[int]:
+    """Return the slots that the frames sent so far name, cancellations left out."""
+    return [wire.REQUEST.unpack_from(frame)[3] for frame in lane.transport.writes if frame[4] == wire.PREDICT]
+
+
+async def test_many_rows_travel_in_a_slot_and_their_answer_too(lane: Lane) -> None:
+    """The frame is a header that names the slot; who reads the answer has a copy, and the slot is free again."""
+    number, future = lane.predict(MANY)
+    (frame,) = lane.transport.writes
+    assert len(frame) == wire.REQUEST.size
+    (slot,) = slots_of(lane)
+    assert np.array_equal(lane.arena.at(slot, MANY.shape), MANY)
+    assert len(lane.slots.free) == SLOTS - 1
+    lane.arena.at(slot, (2000,))[:] = np.arange(2000)
+    lane.channel.data_received(report(wire.SHARED, number, slot, 2000))
+    assert len(lane.slots.free) == SLOTS
+    lane.arena.at(slot, (2000,))[:] = 0
+    values, seconds = await future
+    assert np.array_equal(values, np.arange(2000))
+    assert seconds == 0.5
+    assert values.flags.writeable
+    assert lane.observed == [lane.channel.last_latency]
+
+
+@pytest.mark.parametrize("count", [SHARED_FROM // 24 - 1, SHARED_FROM // 24 + 1])
+async def test_few_rows_travel_in_the_frame(lane: Lane, count: int) -> None:
+    """Below the threshold the socket is cheaper."""
+    lane.predict(MANY[:count])
+    assert (slots_of(lane) != [0]) is (count * 24 >= SHARED_FROM)
+
+
+async def test_rows_for_which_no_slot_is_free_travel_in_the_frame(lane: Lane) -> None:
+    """More large calls than slots wait for nothing, and for a row that is larger than a slot there is none."""
+    for _ in range(SLOTS + 1):
+        lane.predict(MANY)
+    await settle(2)
+    lane.predict(np.zeros((1, SLOT_BYTES // 4 + 1), np.float32))
+    await settle(2)
+    stream, slots = b"".join(lane.transport.writes), []
+    while stream:
+        size, _, _, slot, *_ = wire.REQUEST.unpack_from(stream)
+        slots.append(slot)
+        assert size == 0 or slot == 0
+        stream = stream[wire.REQUEST.size + size :]
+    assert sorted(slots) == [0, 0, *range(1, SLOTS + 1)]
+
+
+async def test_a_slot_of_a_cancelled_call_is_the_workers_until_it_says_so(lane: Lane) -> None:
+    """Its worker may be reading it: what comes next must not be written over it."""
+    for kind in (wire.SKIPPED, wire.SHARED):
+        number, _ = lane.predict(MANY)
+        slot = wire.REQUEST.unpack_from(lane.transport.writes[-1])[3]
+        lane.channel.cancel(number)
+        await settle(2)
+        assert slot not in lane.slots.free
+        lane.channel.data_received(report(kind, number, slot, 2000))
+        assert len(lane.slots.free) == SLOTS
+
+
+async def test_a_slot_of_an_expired_call_leaves_it_to_its_timer(lane: Lane) -> None:
+    """The worker's clock may be ahead of the caller's timer, which alone says that the call has timed out."""
+    number, future = lane.predict(MANY)
+    lane.channel.data_received(report(wire.SKIPPED, number, slots_of(lane)[0]))
+    assert len(lane.slots.free) == SLOTS
+    assert not future.done()
+    assert number in lane.channel.pending
+
+
+async def test_a_slot_comes_back_with_an_answer_that_did_not_fit_and_with_a_refusal(lane: Lane) -> None:
+    """Whatever answers the call carries the slot back."""
+    (first, wide), (second, refused) = lane.predict(MANY), lane.predict(MANY)
+    await settle(2)
+    one, two = (slot for slot in range(1, SLOTS + 1) if slot not in lane.slots.free)
+    values = np.ones((2000, 7), np.float32)
+    lane.channel.data_received(report(wire.RESULT, first, one, 2000, 7, payload=values.tobytes()))
+    lane.channel.data_received(report(wire.ERROR, second, two, payload=b"no"))
+    assert np.array_equal((await wide)[0], values)
+    with pytest.raises(InvalidInputError, match="no"):
+        await refused
+    assert len(lane.slots.free) == SLOTS
+
+
+async def test_rows_that_cannot_be_written_take_no_slot(lane: Lane) -> None:
+    """Nothing was sent, so nothing will be reported."""
+
+    def fail(_: object) -> None:
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        lane.channel.predict_written(lane.queue, (2000, 6), fail, 0, 0.0)
+    assert len(lane.slots.free) == SLOTS
+    assert not lane.channel.pending
+    assert lane.transport.writes == []
+
+
+async def test_slices_in_a_row_are_counted(lane: Lane) -> None:
+    """Anything else that is sent between two of them ends the row."""
+    for _ in range(3):
+        lane.predict(MANY)
+    assert lane.channel.slices_in_a_row == 3
+    lane.predict()
+    lane.predict(MANY)
+    assert lane.channel.slices_in_a_row == 0
+    lane.predict(MANY)
+    assert lane.channel.slices_in_a_row == 1
+
+
+def test_slots_are_lent_no_more_when_the_memory_has_gone() -> None:
+    """What is sent to a worker that has ended is lost, but nobody writes where nothing is."""
+    slots, _ = both_ends()
+    kept = slots.at(slots.take((1, 6)), (1, 6))
+    slots.close()
+    slots.close()
+    kept[:] = 1  # unmapped only when this goes
+    assert slots.take((1, 6)) == 0

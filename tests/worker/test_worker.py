@@ -19,6 +19,7 @@ import pytest
 
 import odd
 import zoo
+from lanes import both_ends
 from lone_worker import PATIENCE, LoneWorker, ask, bare, read_reply
 from modelcache.pool import wire
 from modelcache.pool.pool import XGBOOST
@@ -157,7 +158,7 @@ class Served:
         with ours, theirs:
             ours.settimeout(PATIENCE)
             ours.sendall(b"".join(frames))
-            lane = Thread(target=RequestLane(theirs, self.models).run)
+            lane = Thread(target=RequestLane(theirs, self.models, both_ends()[1]).run)
             lane.start()
             order = [read_reply(ours).number for _ in frames]
             ours.shutdown(socket.SHUT_WR)
@@ -721,7 +722,7 @@ def test_a_worker_imports_neither_asyncio_nor_the_stores(odd_worker: LoneWorker)
     modules = told(odd_worker, "modules")
     assert "modelcache.worker.predictors" in modules
     ours = {name for name in modules if name.startswith("modelcache.") and not name.startswith("modelcache.worker")}
-    assert ours == {"modelcache.pool", "modelcache.pool.wire", "modelcache.pool.blackbox"}
+    assert ours == {"modelcache.pool"} | {f"modelcache.pool.{name}" for name in ("wire", "blackbox", "shared")}
     assert not modules & HEAVY
 
 
@@ -757,7 +758,7 @@ def test_a_worker_predicts_without_xgboosts_python_layer() -> None:
 
 
 def test_a_worker_holds_no_descriptor_but_its_lanes(odd_worker: LoneWorker) -> None:
-    """Rule S4: 0, 1 and 2, two sockets, and the memory of the black box."""
+    """Rule S4: 0, 1 and 2, two sockets, and the memory that it shares with the parent."""
     descriptors = told(odd_worker, "descriptors")
     sockets = {name for name in descriptors if "socket:" in name}
     assert len(sockets) == 2
