@@ -66,7 +66,7 @@ def _make_fleet(folder: Path) -> None:
     for seed, name in enumerate(NAMES):
         random = np.random.default_rng(seed)
         booster = train(random)
-        (folder / f"{name}.tar.gz").write_bytes(_pack(bytes(booster.save_raw("ubj"))))
+        (folder / f"{name}.tar.gz").write_bytes(pack(bytes(booster.save_raw("ubj"))))
         for kind in ROWS:
             questions |= make_questions(kind, name, booster, random)
     np.savez(folder / "questions.npz", **questions)
@@ -114,7 +114,7 @@ def ask(booster: Any, rows: Matrix) -> Matrix:
     return np.asarray(booster.predict(xgboost.DMatrix(rows)), np.float32)
 
 
-def _pack(model: bytes) -> bytes:
+def pack(model: bytes) -> bytes:
     """Return a gzipped tar with the member ``xgboost-model``, as SageMaker packs it."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as tar:

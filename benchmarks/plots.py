@@ -69,6 +69,41 @@ def plot_cold(results: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def plot_batch(results: dict[str, Any], path: Path) -> None:
+    """Draw the microseconds per row over the rows of a call, and calls of one row beside large ones."""
+    figure, axes = plt.subplots(1, 3, figsize=(17, 5), layout="constrained")
+    for panel, columns in zip(axes, (6, 50), strict=False):
+        _per_row(panel, results, columns)
+        _entitle(panel, f"{columns} columns: µs per row, by the rows of a call", "lower is better")
+    _bars(axes[2], results, "beside-50", "p99")
+    _entitle(axes[2], "One row beside a million of 50 columns: p99 in µs", "shorter is better")
+    figure.suptitle(
+        "Batches: modelcache (green), written by hand (blue), on the loop, which stands still (grey)\n"
+        f"medians of {results['settings']['rounds']} interleaved rounds, lines from the least to the most",
+        fontsize=11,
+    )
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+_STYLES = {"process-pool": "--", "direct": ":"}
+
+
+def _per_row(panel: Axes, results: dict[str, Any], columns: int) -> None:
+    sizes = results["settings"]["sizes"]
+    p50 = {(entry["case"], entry["rival"]): entry["p50"] for entry in results["cases"]}
+    for key in results["rivals"]:
+        seen = [p50[f"{rows}x{columns}", key] for rows in sizes]
+        colour, style = _colour(results, key), _STYLES.get(key, "-")
+        medians = [figure["median"] / rows for figure, rows in zip(seen, sizes, strict=True)]
+        panel.plot(sizes, medians, style, color=colour, marker="o", markersize=4, label=_label(results, key))
+        low, high = ([figure[end] / rows for figure, rows in zip(seen, sizes, strict=True)] for end in ("min", "max"))
+        panel.vlines(sizes, low, high, color=colour, linewidth=1.2)
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    panel.legend(frameon=False, fontsize=9)
+
+
 def _bars(panel: Axes, results: dict[str, Any], case: str, quantity: str) -> None:
     """Draw one bar per rival, the best at the top; among calls/s the echo would dwarf all that predict."""
     hidden = "echo" if quantity == "calls_per_second" else ""
