@@ -35,6 +35,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/latency.py
 	$(BIN)/python benchmarks/cold.py
 	$(BIN)/python benchmarks/batch.py
+	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/readme.py
 
 lint: $(VENV)/.lint

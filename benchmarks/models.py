@@ -1,7 +1,7 @@
 """The models that all benchmarks predict with: ten house-price models, one per city, and rows to ask them about.
 
-``python benchmarks/models.py FOLDER`` makes them: in a process of its own, so that the library is not in the parent's
-memory, where it would be shared with the rivals whose memory is measured.
+``python benchmarks/models.py FOLDER TREES DEPTH KIND...`` makes them: in a process of its own, so that the library is
+not in the parent's memory, where it would be shared with the rivals whose memory is measured.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ WHOLE_NUMBERS = (True, True, True, False, False, True)
 
 TREES, DEPTH = 25, 5
 ONE, THOUSAND = "one", "thousand"
-"""The two sets of questions: calls of one row, and calls of 1,000."""
-ROWS = {ONE: (64, 1), THOUSAND: (4, 1000)}
+"""Two sets of questions: calls of one row, and calls of 1,000."""
+HOT = "hot"
+"""Calls of 64 rows: with models of many trees, what keeps a worker busy."""
+ROWS = {ONE: (64, 1), THOUSAND: (4, 1000), HOT: (16, 64)}
 """Questions per model, and rows of each."""
 
 
@@ -56,18 +58,20 @@ def as_lists(rows: Matrix) -> list[list[float]]:
     ]
 
 
-def make_fleet(folder: Path) -> None:
+def make_fleet(
+    folder: Path, *, trees: int = TREES, depth: int = DEPTH, kinds: tuple[str, ...] = (ONE, THOUSAND)
+) -> None:
     """Train the models, write each as NAME.tar.gz, and questions.npz: rows with XGBoost's own answers."""
-    subprocess.run([sys.executable, __file__, str(folder)], check=True)
+    subprocess.run([sys.executable, __file__, str(folder), str(trees), str(depth), *kinds], check=True)
 
 
-def _make_fleet(folder: Path) -> None:
+def _make_fleet(folder: Path, trees: int, depth: int, kinds: list[str]) -> None:
     questions: dict[str, Any] = {}
     for seed, name in enumerate(NAMES):
         random = np.random.default_rng(seed)
-        booster = train(random)
+        booster = train(random, trees=trees, depth=depth)
         (folder / f"{name}.tar.gz").write_bytes(pack(bytes(booster.save_raw("ubj"))))
-        for kind in ROWS:
+        for kind in kinds:
             questions |= make_questions(kind, name, booster, random)
     np.savez(folder / "questions.npz", **questions)
 
@@ -125,4 +129,4 @@ def pack(model: bytes) -> bytes:
 
 
 if __name__ == "__main__":
-    _make_fleet(Path(sys.argv[1]))
+    _make_fleet(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])

@@ -86,6 +86,22 @@ def plot_batch(results: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def plot_scaling(results: dict[str, Any], path: Path) -> None:
+    """Draw the calls of one hot model, and of ten."""
+    figure, axes = plt.subplots(1, 2, figsize=(13, 3.2), layout="constrained")
+    titles = (("hot", "One hot model: calls/s"), ("ten", "Ten models: calls/s"))
+    for (case, title), panel in zip(titles, axes.flat, strict=True):
+        _bars(panel, results, case, "calls_per_second")
+        _entitle(panel, title, "longer is better")
+    figure.suptitle(
+        f"16 clients, calls of 64 rows, {results['settings']['trees']} trees: "
+        f"medians of {results['settings']['rounds']} interleaved rounds",
+        fontsize=11,
+    )
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 _STYLES = {"process-pool": "--", "direct": ":"}
 
 
