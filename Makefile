@@ -36,6 +36,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/cold.py
 	$(BIN)/python benchmarks/batch.py
 	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/isolation.py
 	$(BIN)/python benchmarks/readme.py
 
 lint: $(VENV)/.lint

@@ -107,12 +107,12 @@ async def measured(
     rival: Rival, questions: Iterator[Question], concurrency: int, *, pause: float = 0.0
 ) -> dict[str, float]:
     """Run, and report."""
-    before = _cpu_seconds()
+    before = cpu_seconds()
     record = await closed_loop(rival, questions, concurrency, pause=pause)
-    return figures(rival, record, _cpu_seconds() - before)
+    return figures(rival, record, cpu_seconds() - before)
 
 
-def _cpu_seconds() -> float:
+def cpu_seconds() -> float:
     """Return the processor time of this process and its children; of the children in steps of 10 ms."""
     children = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
     return time.process_time() + sum(times.user + times.system for times in children)

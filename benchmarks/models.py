@@ -7,6 +7,7 @@ not in the parent's memory, where it would be shared with the rivals whose memor
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 import tarfile
@@ -98,6 +99,19 @@ def copies(folder: Path, count: int, prefix: str) -> list[tuple[str, str]]:
     for new, name in named:
         (folder / f"{new}.tar.gz").write_bytes((folder / f"{name}.tar.gz").read_bytes())
     return named
+
+
+def offer_cold(folder: Path, count: int) -> None:
+    """Offer the models under ``count`` more names, which take no room: links."""
+    for index in range(count):
+        name = NAMES[index % len(NAMES)]
+        os.link(folder / f"{name}.tar.gz", folder / f"cold_{index:06d}_{name}.tar.gz")
+
+
+def cold_names(folder: Path) -> list[tuple[str, str]]:
+    """Return (name, the model's own name) of each of those."""
+    names = sorted(path.name.removesuffix(".tar.gz") for path in folder.glob("cold_*"))
+    return [(name, name.split("_", 2)[2]) for name in names]
 
 
 def train(random: np.random.Generator, *, trees: int = TREES, depth: int = DEPTH) -> Any:

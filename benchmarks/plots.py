@@ -120,11 +120,27 @@ def _per_row(panel: Axes, results: dict[str, Any], columns: int) -> None:
     panel.legend(frameon=False, fontsize=9)
 
 
+def plot_isolation(results: dict[str, Any], path: Path) -> None:
+    """Draw the warm p99 when it is quiet, and in each storm."""
+    figure, axes = plt.subplots(1, 3, figsize=(17, 3), layout="constrained")
+    titles = (("quiet", "Quiet"), ("remote", "Storm from a remote store"), ("local", "Storm from a folder"))
+    for (case, title), panel in zip(titles, axes.flat, strict=True):
+        _bars(panel, results, case, "p99")
+        _entitle(panel, f"{title}: p99 in µs", "shorter is better")
+    figure.suptitle(
+        "Warm calls of one row, 4 clients, while 8 cold loads are in flight: "
+        f"medians of {results['settings']['rounds']} interleaved rounds",
+        fontsize=11,
+    )
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def _bars(panel: Axes, results: dict[str, Any], case: str, quantity: str) -> None:
     """Draw one bar per rival, the best at the top; among calls/s the echo would dwarf all that predict."""
     hidden = "echo" if quantity == "calls_per_second" else ""
     entries = [entry for entry in results["cases"] if entry["case"] == case and entry["rival"] != hidden]
-    entries.sort(key=lambda entry: entry[quantity]["median"], reverse=quantity == "p50")
+    entries.sort(key=lambda entry: entry[quantity]["median"], reverse=quantity in ("p50", "p99"))
     for place, entry in enumerate(entries):
         seen = entry[quantity]
         panel.barh(place, seen["median"], color=_colour(results, entry["rival"]), height=0.7)
