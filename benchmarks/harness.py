@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import psutil
 
-from models import ONE, THOUSAND, read_questions
+from models import ROWS, read_questions
+from open_loop import cost_of_refusals, open_loop
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -125,7 +126,7 @@ async def serve(rival: Rival, folder: Path) -> None:
     ready = perf_counter() - started
     kinds = {
         kind: [Question(name, rival.prepare(rows), expected) for name, rows, expected in read_questions(folder, kind)]
-        for kind in (ONE, THOUSAND)
+        for kind in ROWS
     }
     orders = await standard_input()
     tell({"ready": ready})
@@ -140,6 +141,12 @@ async def _obey(rival: Rival, kinds: dict[str, list[Question]], order: dict[str,
     if "forget" in order:
         await rival.forget()
         return {}
+    if "refusals" in order:
+        return await cost_of_refusals(rival, kinds[order["kind"]], order["refusals"])
+    if "rate" in order:
+        return await open_loop(
+            rival, kinds[order["kind"]], order["rate"], seconds=order["seconds"], deadline=order["deadline"]
+        )
     questions, concurrency = kinds[order["kind"]], order["concurrency"]
     if "names" in order:  # first calls
         by_name = {question.name: question for question in questions}

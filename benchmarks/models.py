@@ -1,7 +1,10 @@
 """The models that all benchmarks predict with: ten house-price models, one per city, and rows to ask them about.
 
-``python benchmarks/models.py FOLDER TREES DEPTH KIND...`` makes them: in a process of its own, so that the library is
-not in the parent's memory, where it would be shared with the rivals whose memory is measured.
+ONE, HUNDRED, THOUSAND = "one", "hundred", "thousand"
+"""Sets of questions: calls of one row, of 100, and of 1,000."""
+HOT = "hot"
+"""Calls of 64 rows: with models of many trees, what keeps a worker busy."""
+ROWS = {ONE: (64, 1), HUNDRED: (8, 100), THOUSAND: (4, 1000), HOT: (16, 64)}
 """
 
 from __future__ import annotations

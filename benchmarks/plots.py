@@ -86,6 +86,23 @@ def plot_batch(results: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def plot_throughput(results: dict[str, Any], path: Path) -> None:
+    """Draw calls/s by clients, and what is answered in time by what is asked for."""
+    figure, (closed, opened) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    cases = [entry | {"at": int(entry["case"][4:])} for entry in results["cases"] if entry["case"].startswith("one-")]
+    _lines(closed, results, cases, "at", "calls_per_second")
+    closed.set_xscale("log", base=4)
+    closed.set_yscale("log")
+    closed.set_xlabel("clients")
+    _entitle(closed, "Closed loop, one row: calls/s", "higher is better")
+    _lines(opened, results, results["open"], "share", "goodput_share")
+    opened.set_xlabel("calls asked for, of the capacity")
+    opened.set_ylim(bottom=0)
+    _entitle(opened, "Open loop: answered in time, of the capacity", "higher is better")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def plot_scaling(results: dict[str, Any], path: Path) -> None:
     """Draw the calls of one hot model, and of ten."""
     figure, axes = plt.subplots(1, 2, figsize=(13, 3.2), layout="constrained")
@@ -134,6 +151,15 @@ def plot_isolation(results: dict[str, Any], path: Path) -> None:
     )
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _lines(panel: Axes, results: dict[str, Any], entries: list[dict[str, Any]], along: str, quantity: str) -> None:
+    """Draw a line per rival; those of one colour differ in their marks."""
+    for mark, key in zip("os^Dvx", dict.fromkeys(entry["rival"] for entry in entries), strict=False):
+        mine = [entry for entry in entries if entry["rival"] == key]
+        places, medians = [entry[along] for entry in mine], [entry[quantity]["median"] for entry in mine]
+        panel.plot(places, medians, marker=mark, color=_colour(results, key), label=_label(results, key))
+    panel.legend(fontsize=8)
 
 
 def _bars(panel: Axes, results: dict[str, Any], case: str, quantity: str) -> None:

@@ -39,6 +39,10 @@ class Rival:
     """True if a call never lets the event loop go on."""
     predicts: ClassVar[bool] = True
     """False for a floor that moves bytes and predicts nothing."""
+    queue_limit: ClassVar[int] = 0
+    """Calls that may wait for one of its workers, 0 if there is no limit."""
+    refusals: tuple[type[Exception], ...] = ()
+    """What is raised where it refuses a call, or gives it up."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -277,13 +281,15 @@ class ModelCache(Rival):
     """``await registry.predict(name, rows)`` with all options at their defaults."""
 
     label = "modelcache"
+    options: ClassVar[dict[str, Any]] = {}
     takes = "list of lists, converted in each call"
 
     async def start(self) -> None:
         """Start the registry and its workers."""
-        from modelcache import ModelRegistry
+        from modelcache import ModelRegistry, OverloadedError, PredictTimeoutError
 
-        self._registry = ModelRegistry(self.folder)
+        self.refusals = (OverloadedError, PredictTimeoutError)
+        self._registry = ModelRegistry(self.folder, **self.options)
         await self._registry.start()
 
     async def close(self) -> None:
