@@ -27,6 +27,7 @@ from modelcache.inputs import (
     read_large,
     write_rows,
 )
+from modelcache.pool.requests import BEGUN, FRESH
 from modelcache.pool.shared import SLOT_BYTES
 from modelcache.pool.wire import OUTPUTS
 from modelcache.records import Timings
@@ -166,7 +167,8 @@ async def ask(entry: Entry[Resident], call: Call) -> Matrix:
     rows = len(matrix)
     row_seconds = place.row_seconds.get(call.output, _ROW_SECONDS_GUESSED)
     if call.large or (rows > 1 and rows * row_seconds > 2 * _SLICE_SECONDS):
-        return await _ask_in_slices(entry, call, order)
+        with requests.slices_of(place):
+            return await _ask_in_slices(entry, call, order)
     if order is not None:
         matrix = matrix.take(order, axis=1)
     if requests.congested:
@@ -207,7 +209,7 @@ async def _ask_in_slices(entry: Entry[Resident], call: Call, order: list[int] | 
         while sent < rows or waiting:
             while sent < rows and len(waiting) < _SLICES_IN_FLIGHT:
                 await _writable(entry, call.deadline)
-                waiting.append(_send_slice(entry, call, order, sent, begun=answers is not None))
+                waiting.append(_send_slice(entry, call, order, sent, FRESH if answers is None else BEGUN))
                 sent = waiting[-1].stop
             values, seconds = await waiting[0].answer
             answered = waiting.popleft()
@@ -227,11 +229,11 @@ async def _ask_in_slices(entry: Entry[Resident], call: Call, order: list[int] | 
     return answers
 
 
-def _send_slice(entry: Entry[Resident], call: Call, order: list[int] | None, start: int, *, begun: bool) -> _Slice:
+def _send_slice(entry: Entry[Resident], call: Call, order: list[int] | None, start: int, part_of: int) -> _Slice:
     place = entry.value
     part = call.matrix[start : start + _slice_rows(place, call)]
     number, answer = place.worker.requests.predict_written(
-        place, part.shape, partial(write_rows, part, order), call.output, call.deadline, begun=begun
+        place, part.shape, partial(write_rows, part, order), call.output, call.deadline, part=part_of
     )
     timer = _set_timer(entry, number, answer, call.deadline) if call.deadline else None
     return _Slice(start, start + len(part), place, number, answer, timer)

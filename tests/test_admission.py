@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from lanes import FakeTransport, Line, both_ends
 from modelcache import InvalidInputError, MemoryStore, OverloadedError
 from modelcache.admission import admit, check_not_in_vain
 from modelcache.pool import wire
-from modelcache.pool.requests import RequestChannel
+from modelcache.pool.requests import BEGUN, WHOLE, RequestChannel
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -38,13 +39,15 @@ class Lane:
         self.channel.connection_made(self.transport)
         self.noisy, self.quiet, self.third = (Line(number) for number in (1, 2, 3))
         self.futures: dict[int, asyncio.Future[Any]] = {}
+        self.large = ExitStack()
+        """Calls in slices."""
 
     def send(self, line: Line, count: int = 1, *, begun: bool = False) -> list[int]:
         """Send calls past the limit; return their numbers."""
-        sent = [
-            self.channel.predict_written(line, ROWS.shape, partial(np.copyto, src=ROWS), 0, 0.0, begun=begun)
-            for _ in range(count)
-        ]
+        write, part = partial(np.copyto, src=ROWS), BEGUN if begun else WHOLE
+        sent = [self.channel.predict_written(line, ROWS.shape, write, 0, 0.0, part=part) for _ in range(count)]
+        for _ in range(count if begun else 0):
+            self.large.enter_context(self.channel.slices_of(line))
         self.futures.update(sent)
         return [number for number, _ in sent]
 
@@ -243,12 +246,31 @@ async def test_a_displaced_slice_fails_its_call(make_registry: MakeRegistry) -> 
     registry = await make_registry(MemoryStore(artifacts), queue_limit=2)
     await registry.preload(["large", "small"])
     requests = registry._pool.workers[0].requests
-    large = asyncio.create_task(registry.predict("large", zoo.rows(300_000)))
-    await until(lambda: len(requests.pending) == 2)
+    large = [asyncio.create_task(registry.predict("large", zoo.rows(300_000))) for _ in range(2)]
+    await until(lambda: len(requests.pending) == 4)
     small = registry.predict("small", zoo.rows(1))
     assert len(await small) == 1
-    with pytest.raises(OverloadedError, match="2 of the 2"):
-        await large
+    answers = await asyncio.gather(*large, return_exceptions=True)
+    (refused,) = (answer for answer in answers if isinstance(answer, OverloadedError))
+    assert "2 of the 2" in str(refused)
+    assert sum(isinstance(answer, np.ndarray) for answer in answers) == 1
     await settle()
     assert not requests.pending
     assert complaints == []
+
+
+async def test_a_call_in_slices_waits_once(registry: ModelRegistry, gate: odd.Gate) -> None:
+    """P4, P6: ``queue_limit`` counts calls, however many slices of a large one are on their way."""
+    requests = registry._pool.workers[0].requests
+    calls = [asyncio.create_task(registry.predict("noisy", [odd.WAIT, 0]))]
+    await until(gate.reached)
+    calls.append(asyncio.create_task(registry.predict("noisy", np.zeros((200_000, 2), np.float32))))
+    await until(lambda: len(requests.pending) == 3)
+    assert requests.waiting == 2
+    calls += [asyncio.create_task(registry.predict("quiet", [0, value])) for value in (1, 2)]
+    await settle()
+    with pytest.raises(OverloadedError):
+        await registry.predict("noisy", [0, 3])
+    gate.open()
+    await asyncio.gather(*calls)
+    assert requests.waiting == 0

@@ -20,7 +20,7 @@ SHARES = (0.5, 0.8, 1.0, 1.2, 2.0)
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that one quick run has filled."""
     folder = tmp_path_factory.mktemp("results")
-    options = ["--quick", "--rounds", "1", "--rivals", "modelcache", "limited", "--output", folder]
+    options = ["--quick", "--rounds", "1", "--rivals", "modelcache", "limited", "--output", str(folder)]
     subprocess.run(
         [sys.executable, BENCHMARKS / "throughput.py", *options],
         check=True, capture_output=True, timeout=55,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from asyncio import InvalidStateError
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from time import monotonic
@@ -17,7 +18,7 @@ from modelcache.pool.lost import WorkerLostError
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 SHARED_FROM = 32 << 10
 """Bytes of rows from which a slot is cheaper than the socket."""
 
+WHOLE, FRESH, BEGUN = range(3)
+"""What a request is of its call: all of it, a slice, or a slice of one of which another is answered already."""
+
 _NUMBERS = 1 << 32
 
 _RECENT = 1.0
@@ -37,7 +41,7 @@ _RECENT = 1.0
 
 
 class Queue(Protocol):
-    """The calls for one model that have been sent to a worker and are not answered."""
+    """The calls for one model that have been sent to a worker and are not answered; slices of one count as one."""
 
     number: int
     """What the worker knows the model by."""
@@ -56,8 +60,8 @@ class _Pending(NamedTuple):
     future: asyncio.Future[Any]
     sent: float
     queue: Queue
-    begun: bool
-    """True if a part of what its caller has asked for is answered already."""
+    part: int
+    """WHOLE, FRESH or BEGUN."""
 
     @property
     def model(self) -> int:
@@ -78,6 +82,10 @@ class RequestChannel(Channel):
         self._number = 0
         self.pending: dict[int, _Pending] = {}
         """Calls sent and not yet answered."""
+        self._in_slices = 0
+        """Calls under way in slices, each of which counts once however many of those wait."""
+        self._slices = 0
+        """How many of ``pending`` are slices."""
         self.held_up = 0
         """Calls not yet sent, since the worker has not taken enough of what was sent before."""
         self.last_latency = 0.0
@@ -99,7 +107,7 @@ class RequestChannel(Channel):
         if rows.nbytes >= SHARED_FROM:
             return self.predict_written(queue, rows.shape, partial(np.copyto, src=rows), output, deadline)
         count, columns = rows.shape
-        return self._send(queue, (0, count, columns), rows.tobytes(), output, deadline, begun=False)
+        return self._send(queue, (0, count, columns), rows.tobytes(), output, deadline, part=WHOLE)
 
     def predict_written(
         self,
@@ -109,12 +117,11 @@ class RequestChannel(Channel):
         output: int,
         deadline: float,
         *,
-        begun: bool = False,
+        part: int = WHOLE,
     ) -> tuple[int, asyncio.Future[tuple[Matrix, float]]]:
         """Send the rows that ``write`` puts into an array of ``shape``; the future is that of :meth:`predict`.
 
-        The array is a slot, or if none is free, or large enough, memory that is sent like other rows. ``begun``: they
-        are not the first of a call's slices to be answered.
+        The array is a slot, or if none is free, or large enough, memory that is sent like other rows.
         """
         slot, payload = self.slots.take(shape), b""
         if slot:
@@ -127,13 +134,13 @@ class RequestChannel(Channel):
             rows = np.empty(shape, np.float32)
             write(rows)
             payload = rows.tobytes()
-        number, future = self._send(queue, (slot, *shape), payload, output, deadline, begun=begun)
+        number, future = self._send(queue, (slot, *shape), payload, output, deadline, part=part)
         self.slices_in_a_row = self.slices_in_a_row + 1 if number == self._last_slice + 1 else 0
         self._last_slice = number
         return number, future
 
     def _send(
-        self, queue: Queue, where: tuple[int, int, int], payload: bytes, output: int, deadline: float, *, begun: bool
+        self, queue: Queue, where: tuple[int, int, int], payload: bytes, output: int, deadline: float, *, part: int
     ) -> tuple[int, asyncio.Future[Any]]:
         """Send a request; ``where`` its rows are: the slot or 0, and their shape."""
         number = self._number = (self._number + 1) % _NUMBERS
@@ -141,8 +148,11 @@ class RequestChannel(Channel):
         now = monotonic()
         if not self.pending:
             self._busy_since, self._answered_before = now, self._answered
-        self.pending[number] = _Pending(future, now, queue, begun)
-        queue.waiting += 1
+        self.pending[number] = _Pending(future, now, queue, part)
+        if part == WHOLE:
+            queue.waiting += 1
+        else:
+            self._slices += 1
         slot, rows, columns = where
         self.send(
             wire.REQUEST.pack(len(payload), wire.PREDICT, output, slot, number, queue.number, rows, columns, deadline)
@@ -154,7 +164,7 @@ class RequestChannel(Channel):
         """Ask the worker's main thread for a sign of life."""
         number = self._number = (self._number + 1) % _NUMBERS
         future: asyncio.Future[Any] = self._loop.create_future()
-        self.pending[number] = _Pending(future, monotonic(), self._pings, begun=False)
+        self.pending[number] = _Pending(future, monotonic(), self._pings, WHOLE)
         self._pings.waiting += 1
         self.send(wire.REQUEST.pack(0, wire.PING, 0, 0, number, 0, 0, 0, 0.0))
         return future
@@ -162,7 +172,7 @@ class RequestChannel(Channel):
     @property
     def waiting(self) -> int:
         """How many calls wait for the worker, sent or not."""
-        return len(self.pending) + self.held_up
+        return len(self.pending) - self._slices + self._in_slices + self.held_up
 
     async def writable(self) -> None:
         """Wait until the worker has taken enough of what was sent, and be counted as long as that takes."""
@@ -177,9 +187,26 @@ class RequestChannel(Channel):
         pending = self.pending.pop(number, None)
         if pending is None:
             return
-        pending.queue.waiting -= 1
+        self._note_end(pending)
         if not self.closed:
             self.send(wire.REQUEST.pack(0, wire.CANCEL, 0, 0, number, 0, 0, 0, 0.0))
+
+    def _note_end(self, pending: _Pending) -> None:
+        if pending.part == WHOLE:
+            pending.queue.waiting -= 1
+        else:
+            self._slices -= 1
+
+    @contextmanager
+    def slices_of(self, queue: Queue) -> Iterator[None]:
+        """Count what is sent in the block as parts of one call, which begins and ends with it."""
+        queue.waiting += 1
+        self._in_slices += 1
+        try:
+            yield
+        finally:
+            queue.waiting -= 1
+            self._in_slices -= 1
 
     def displace(self, number: int, error: OverloadedError) -> None:
         """Let a call that waits fail with ``error``."""
@@ -192,7 +219,7 @@ class RequestChannel(Channel):
         begun = None
         for number, call in reversed(self.pending.items()):
             if call.queue is queue and not call.future.done():
-                if not call.begun:
+                if call.part != BEGUN:
                     return number
                 begun = number if begun is None else begun
         return begun
@@ -230,7 +257,7 @@ class RequestChannel(Channel):
         """The worker is gone: wake everyone who waits for it."""
         pending, self.pending = self.pending, {}
         for call in pending.values():
-            call.queue.waiting -= 1
+            self._note_end(call)
             if not call.future.done():
                 call.future.set_exception(WorkerLostError(epitaph))
                 call.future.exception()  # nobody awaits a ping or the second of two slices: no log about that
@@ -255,7 +282,7 @@ class RequestChannel(Channel):
         pending = self.pending.pop(number, None)
         if pending is None:
             return  # cancelled or timed out meanwhile
-        pending.queue.waiting -= 1
+        self._note_end(pending)
         if pending.future.done():
             return
         if kind == wire.RESULT:
