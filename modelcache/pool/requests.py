@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 SHARED_FROM = 32 << 10
 """Bytes of rows from which a slot is cheaper than the socket."""
 
-WHOLE, FRESH, BEGUN = range(3)
-"""What a request is of its call: all of it, a slice, or a slice of one of which another is answered already."""
+WHOLE, FRESH, BEGUN, NONE = range(4)
+"""What a request is of a call: all of it, a slice, a slice of one of which another is answered already, or nothing."""
 
 _NUMBERS = 1 << 32
 
@@ -61,7 +61,7 @@ class _Pending(NamedTuple):
     sent: float
     queue: Queue
     part: int
-    """WHOLE, FRESH or BEGUN."""
+    """WHOLE, FRESH, BEGUN, or NONE."""
 
     @property
     def model(self) -> int:
@@ -84,8 +84,8 @@ class RequestChannel(Channel):
         """Calls sent and not yet answered."""
         self._in_slices = 0
         """Calls under way in slices, each of which counts once however many of those wait."""
-        self._slices = 0
-        """How many of ``pending`` are slices."""
+        self._parts = 0
+        """How many of ``pending`` are slices, or no calls at all."""
         self.held_up = 0
         """Calls not yet sent, since the worker has not taken enough of what was sent before."""
         self.last_latency = 0.0
@@ -152,7 +152,7 @@ class RequestChannel(Channel):
         if part == WHOLE:
             queue.waiting += 1
         else:
-            self._slices += 1
+            self._parts += 1
         slot, rows, columns = where
         self.send(
             wire.REQUEST.pack(len(payload), wire.PREDICT, output, slot, number, queue.number, rows, columns, deadline)
@@ -164,15 +164,15 @@ class RequestChannel(Channel):
         """Ask the worker's main thread for a sign of life."""
         number = self._number = (self._number + 1) % _NUMBERS
         future: asyncio.Future[Any] = self._loop.create_future()
-        self.pending[number] = _Pending(future, monotonic(), self._pings, WHOLE)
-        self._pings.waiting += 1
+        self.pending[number] = _Pending(future, monotonic(), self._pings, NONE)
+        self._parts += 1
         self.send(wire.REQUEST.pack(0, wire.PING, 0, 0, number, 0, 0, 0, 0.0))
         return future
 
     @property
     def waiting(self) -> int:
-        """How many calls wait for the worker, sent or not."""
-        return len(self.pending) - self._slices + self._in_slices + self.held_up
+        """How many calls wait for the worker, sent or not; a sign of life that it is asked for is none."""
+        return len(self.pending) - self._parts + self._in_slices + self.held_up
 
     async def writable(self) -> None:
         """Wait until the worker has taken enough of what was sent, and be counted as long as that takes."""
@@ -195,7 +195,7 @@ class RequestChannel(Channel):
         if pending.part == WHOLE:
             pending.queue.waiting -= 1
         else:
-            self._slices -= 1
+            self._parts -= 1
 
     @contextmanager
     def slices_of(self, queue: Queue) -> Iterator[None]:

@@ -265,6 +265,18 @@ async def test_a_ping_is_answered_like_a_call(lane: Lane) -> None:
     assert lane.observed == []
 
 
+async def test_a_ping_takes_nobodys_place_in_the_queue(lane: Lane) -> None:
+    """P6: a worker that loads is asked for signs of life, and ``queue_limit`` calls may wait for it all the same."""
+    lane.predict()
+    ping = lane.channel.ping()
+    assert lane.channel.waiting == 1
+    await settle(2)
+    _, number = lane.kinds()[-1]
+    lane.channel.data_received(wire.REPLY.pack(0, wire.PONG, 0, 0, number, 0, 0, 0, 0.0))
+    await ping
+    assert lane.channel.waiting == 1
+
+
 async def test_numbers_start_again_after_the_last(lane: Lane) -> None:
     """A lane does not wear out: call numbers fit the frame for ever."""
     lane.channel._number = (1 << 32) - 2
