@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from modelcache.cache.claims import Claim
     from modelcache.cache.flight import Flight
+    from modelcache.calls import Call
     from modelcache.origin import Found
     from modelcache.pool.artifacts import LoadedFacts, Loading
     from modelcache.pool.pool import Pool, Worker
@@ -103,6 +104,8 @@ class Attempt:
         self._asked_at = asked_at
         self._worker: Worker | None = None
         self._loading: Loading | None = None
+        self._ahead: Call | None = None
+        """Whose row has been sent: the flight's may be another's by the time it is answered."""
         self._charged = 0
         """Bytes that the worker's account shows for it."""
         self._held_back = b""
@@ -291,7 +294,8 @@ class Attempt:
                 return
         self._check_complete()
         call = self._flight.call
-        loading.finish(last, call.matrix if call is not None else None)
+        self._ahead = call if call is not None and not call.expired else None
+        loading.finish(last, self._ahead.matrix if self._ahead is not None else None)
 
     def _check_complete(self) -> None:
         """Refuse what is shorter than announced; a copy is checked by the worker, which reads it."""
@@ -343,8 +347,8 @@ class Attempt:
         self._worker.charged += facts.size - self._charged
         retired = state.ledger.settle(claim, entry, listed=flight.listed)
         state.failures.forget(flight.key)
-        if flight.call is not None and self._loading.answer is not None:
-            flight.call.answer(self._loading.answer, entry)
+        if self._ahead is not None and self._loading.answer is not None:
+            self._ahead.answer(self._loading.answer, entry)
         for waiter in waiters:
             waiter.set_result(entry)
         state.settled(entry)  # tells the subscribers, who may do anything, such as cancel one of those who waited

@@ -116,6 +116,11 @@ class Call:
         """
         return self.output == _VALUE and self.columns is None and len(self.matrix) == 1
 
+    @property
+    def expired(self) -> bool:
+        """True if its time is over: nobody waits for it any more."""
+        return bool(self.deadline) and self.deadline <= monotonic()
+
     def answer(self, values: Matrix, entry: Entry[Resident]) -> None:
         """Take what ``entry`` has predicted as it was loaded."""
         self.values, self.answered_by = values, entry

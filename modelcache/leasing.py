@@ -121,7 +121,8 @@ class Leasing:
         """Wait for the flight of ``name``, which is started if there is none.
 
         ``part``: the bytes that a group, which holds other models meanwhile, has been granted for it. ``call`` is what
-        the model is wanted for: the first of a flight that may go ahead is answered as it lands.
+        the model is wanted for: the first that may go ahead, and whose time is not over, is answered as the flight
+        lands.
         """
         flights, counters = self._state.flights, self._state.counters
         counters.misses += 1
@@ -145,7 +146,7 @@ class Leasing:
         flight, is_new = self._state.flights.join(name, waiter)
         flight.fresh = flight.fresh or fresh
         flight.renews = renews or flight.renews
-        if call is not None and flight.call is None and call.may_go_ahead:
+        if call is not None and call.may_go_ahead and (flight.call is None or flight.call.expired):
             flight.call = call
         flight.wanted = flight.wanted or wanted
         if is_new:  # an eager task runs at once: it has to know all this by now

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +12,8 @@ import pandas as pd
 import pytest
 
 import zoo
-from modelcache import FeatureMismatchError, InvalidInputError, MemoryStore
+from conftest import settle
+from modelcache import FeatureMismatchError, InvalidInputError, LoadTimeoutError, MemoryStore
 from modelcache.testing import GatedStore
 
 if TYPE_CHECKING:
@@ -112,3 +115,37 @@ async def test_a_first_caller_who_leaves_takes_nobodys_answer(make_registry: Mak
     assert np.array_equal(await second, MODEL.expected(ROWS[1:]))
     with pytest.raises(asyncio.CancelledError):
         await first
+
+
+async def test_a_row_whose_time_is_over_does_not_travel(make_registry: MakeRegistry) -> None:
+    """P3: the next caller's row takes its place, and where there is none, the model is tried on a row of its own."""
+    store = GatedStore({"m.ubj": MODEL.ubj, "n.ubj": MODEL.ubj})
+    registry = await make_registry(store)
+    for name in ("m", "n"):
+        with pytest.raises(LoadTimeoutError):
+            await registry.predict(name, ROWS[:1], timeout=0.001)
+    second = asyncio.create_task(registry.predict("m", ROWS[1:2]))
+    await store.fetched(2)
+    store.open("m")
+    store.open("n")
+    assert np.array_equal(await second, MODEL.expected(ROWS[1:2]))
+    assert asked(registry) == 0
+    assert np.array_equal(await registry.predict("n", ROWS[2:]), MODEL.expected(ROWS[2:]))
+
+
+async def test_an_answer_is_of_the_row_that_was_sent(make_registry: MakeRegistry) -> None:
+    """P3: the first caller's time is over while the worker loads, the second gets the answer to his own row."""
+    store = GatedStore({"m.ubj": MODEL.ubj})
+    registry = await make_registry(store)
+    worker = registry._pool.workers[0]
+    first = asyncio.create_task(registry.predict("m", ROWS[:1], timeout=0.2))
+    await store.fetched(1)
+    os.kill(worker.pid, signal.SIGSTOP)
+    store.open("m")
+    with pytest.raises(LoadTimeoutError):
+        await first
+    second = asyncio.create_task(registry.predict("m", ROWS[1:2]))
+    await settle()
+    os.kill(worker.pid, signal.SIGCONT)
+    assert np.array_equal(await second, MODEL.expected(ROWS[1:2]))
+    assert asked(registry) == 1
