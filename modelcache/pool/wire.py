@@ -70,7 +70,9 @@ REQUEST = Struct("<IBBHIIIId")
 """PREDICT, CANCEL, PING: payload length, kind, output, slot, call, model, rows, columns, deadline."""
 
 REPLY = Struct("<IBBHIIIIf")
-"""What the worker answers: payload length, kind, dimensions, slot, call, shape (3 numbers), seconds of prediction."""
+"""What the worker answers: payload length, kind, dimensions, slot, call, shape (3 numbers), seconds of prediction.
+
+Of a batch each call is told its share, by its rows."""
 
 ARTIFACT = Struct("<IBBHIQ")
 """Artifact lane, both directions: payload length, kind, dimensions, 0, model, bytes or rows."""

@@ -167,10 +167,11 @@ class RequestLane:
         data = np.ascontiguousarray(values, np.float32).tobytes()
         width = len(data) // len(values)
         tail = (*values.shape[1:], 0, 0)[:2]
+        row_seconds = seconds / len(values)
         start = 0
         for call in batch:
-            end = start + call.rows * width
-            header = wire.REPLY.pack(end - start, wire.RESULT, values.ndim, 0, call.number, call.rows, *tail, seconds)
+            end, share = start + call.rows * width, call.rows * row_seconds
+            header = wire.REPLY.pack(end - start, wire.RESULT, values.ndim, 0, call.number, call.rows, *tail, share)
             self._answers.append(header)
             self._answers.append(data[start:end])
             start = end

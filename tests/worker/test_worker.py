@@ -202,6 +202,25 @@ def test_a_hiccup_is_forgotten(served: Served) -> None:
     assert served.log[:6] == [1, 2, 4, 4, 4, 4]
 
 
+def test_each_call_of_a_batch_is_told_its_share_of_the_time(served: Served) -> None:
+    """P4: slices are cut by what a row takes: the time of the whole batch would make them as many times too small."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.settimeout(PATIENCE)
+        ours.sendall(ask(1, 1, [[0, 1]]) + ask(2, 1, [[0, 2], [0, 3], [0, 4]]))
+        lane = Thread(target=RequestLane(theirs, served.models).run)
+        lane.start()
+        seconds = {}
+        for _ in range(2):
+            size, _, _, _, number, *_, share = wire.REPLY.unpack(ours.recv(wire.REPLY.size, socket.MSG_WAITALL))
+            ours.recv(size, socket.MSG_WAITALL)
+            seconds[number] = share
+        ours.shutdown(socket.SHUT_WR)
+        lane.join()
+    assert served.log == [4]
+    assert seconds == {1: pytest.approx(0.001), 2: pytest.approx(0.003)}
+
+
 def test_outputs_have_limits_of_their_own(served: Served) -> None:
     """Contributions take a thousand times what values do: what is known of one says nothing of the other."""
     served.order(ask(0, 1, [0, 0]))
