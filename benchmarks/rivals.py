@@ -286,9 +286,9 @@ class ModelCache(Rival):
 
     async def start(self) -> None:
         """Start the registry and its workers."""
-        from modelcache import ModelRegistry, OverloadedError, PredictTimeoutError
+        from modelcache import ModelRegistry, OverloadedError
 
-        self.refusals = (OverloadedError, PredictTimeoutError)
+        self.refusals = (OverloadedError, TimeoutError)
         self._registry = ModelRegistry(self.folder, **self.options)
         await self._registry.start()
 
