@@ -65,11 +65,12 @@ def _case_row(entry: dict[str, Any], rival: dict[str, Any]) -> tuple[str, ...]:
         report.times(entry["calls_ratio"]["median"]),
         report.short(entry["cpu_per_call"]["median"]),
         "yes" if entry["stable"] else "NO",
-        _correctness(entry, predicts=rival["predicts"]),
+        correctness(entry, predicts=rival["predicts"]),
     )
 
 
-def _correctness(entry: dict[str, Any], *, predicts: bool) -> str:
+def correctness(entry: dict[str, Any], *, predicts: bool) -> str:
+    """Return what the comparison of all answers has come to."""
     wrong = sum(int(seen["wrong"]) for seen in entry["rounds"])
     if not entry["correct"]:
         return f"{wrong:,} WRONG"

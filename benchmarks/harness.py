@@ -152,11 +152,12 @@ async def _obey(rival: Rival, kinds: dict[str, list[Question]], order: dict[str,
         by_name = {question.name: question for question in questions}
         first = [Question(new, by_name[name].rows, by_name[name].expected) for new, name in order["names"]]
         return await measured(rival, iter(first), concurrency, pause=order["pause"])
-    await closed_loop(rival, _for_a_while(questions, order["warm_up"]), concurrency)
-    return await measured(rival, _for_a_while(questions, order["seconds"]), concurrency)
+    await closed_loop(rival, for_a_while(questions, order["warm_up"]), concurrency)
+    return await measured(rival, for_a_while(questions, order["seconds"]), concurrency)
 
 
-def _for_a_while(questions: list[Question], seconds: float) -> Iterator[Question]:
+def for_a_while(questions: list[Question], seconds: float) -> Iterator[Question]:
+    """Yield ``questions`` again and again until so many seconds have passed."""
     end = perf_counter() + seconds
     return takewhile(lambda _: perf_counter() < end, cycle(questions))
 

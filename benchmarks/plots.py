@@ -246,3 +246,43 @@ def plot_budget(results: dict[str, Any], path: Path) -> None:
     _entitle(panel, "A warm call of one row: µs", "medians")
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+_MANY_PANELS = (
+    ("ten-1", "p50", "The same ten models, 1 client: p50 in µs", "lower is better"),
+    ("uniform-1", "p50", "All models alike, 1 client: p50 in µs", "lower is better"),
+    ("uniform-64", "calls_per_second", "All models alike, 64 clients: calls/s", "higher is better"),
+    ("zipf-64", "calls_per_second", "Zipf, 64 clients: calls/s", "higher is better"),
+)
+
+
+def plot_many_models(results: dict[str, Any], path: Path) -> None:
+    """Draw how four cases change with the number of resident models."""
+    figure, axes = plt.subplots(2, 2, figsize=(13, 8), layout="constrained")
+    for (case, quantity, title, hint), panel in zip(_MANY_PANELS, axes.flat, strict=True):
+        for key in results["rivals"]:
+            _line(panel, results, case, quantity, key)
+        _entitle(panel, title, hint)
+        panel.set_ylim(bottom=0)
+        panel.grid(axis="y", color="#e6e6e6")
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.flat[0].legend(frameon=False)
+    figure.suptitle(
+        f"Calls of one row by the number of resident models: medians of {results['settings']['rounds']} interleaved "
+        "rounds, lines from the least to the most",
+        fontsize=11,
+    )
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _line(panel: Axes, results: dict[str, Any], case: str, quantity: str, key: str) -> None:
+    """Draw one rival over the numbers of models."""
+    found = [entry for entry in results["cases"] if (entry["kind"], entry["rival"]) == (case, key)]
+    models, colour = [entry["models"] for entry in found], _colour(results, key)
+    seen = [entry[quantity] for entry in found]
+    panel.plot(models, [one["median"] for one in seen], color=colour, marker="o", label=_label(results, key))
+    panel.vlines(models, [one["min"] for one in seen], [one["max"] for one in seen], color=colour, linewidth=1.2)
+    panel.set_xscale("log")
+    panel.set_xticks(models, [f"{count:,}" for count in models])
+    panel.xaxis.set_minor_locator(NullLocator())
