@@ -5,6 +5,7 @@ A row is (what to do, value, ...). The prediction is twice the value.
 
 from __future__ import annotations
 
+import gc
 import gzip
 import json
 import os
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -41,7 +44,7 @@ def artifact(**script: Any) -> bytes:
 
     ``log``: a file to which each prediction appends a line with its values. ``gate``: a named pipe; a row that says
     WAIT waits until it has been opened for writing and closed. ``on_load``: "abort", "wait" or "refuse".
-    ``tell``: "modules", "environment", "imports", "descriptors" or "bound", given as the feature names.
+    ``tell``: "modules", "environment", "imports", "descriptors", "bound" or "frozen", given as the feature names.
     """
     return json.dumps({"learner": {}, "version": [3, 0, 0], **script}).encode()
 
@@ -135,18 +138,18 @@ def _wait(gate: str) -> None:
     Path(gate).read_bytes()
 
 
+_TOLD: dict[str, Callable[[], Iterable[object]]] = {
+    "modules": lambda: sys.modules,
+    "environment": lambda: os.environ,
+    "imports": lambda: sys.path,
+    "descriptors": lambda: (f"{number} {target}" for number, target in _descriptors()),
+    "bound": lambda: resource.getrlimit(resource.RLIMIT_DATA),
+    "frozen": lambda: (gc.get_freeze_count(),),
+}
+
+
 def _told(what: str | None) -> tuple[str, ...] | None:
-    if what == "modules":
-        return tuple(sys.modules)
-    if what == "environment":
-        return tuple(os.environ)
-    if what == "imports":
-        return tuple(sys.path)
-    if what == "descriptors":
-        return tuple(f"{number} {target}" for number, target in _descriptors())
-    if what == "bound":
-        return tuple(map(str, resource.getrlimit(resource.RLIMIT_DATA)))
-    return None
+    return tuple(map(str, _TOLD[what]())) if what in _TOLD else None
 
 
 def _descriptors() -> list[tuple[int, str]]:

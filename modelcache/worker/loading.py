@@ -7,6 +7,7 @@ readings before and after belong to one model.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -90,6 +91,8 @@ class ArtifactLane:
             reason = "missing" if isinstance(error, ImportError) else "fault"
             self._send(wire.HELLO, 0, os.getpid(), {"kind": reason, "message": str(error)})
             return
+        # What is there now stays: no collection needs to walk through it, while predictions stand still.
+        gc.freeze()
         self._send(wire.HELLO, 0, os.getpid(), {"exact_heap": self._heap.exact})
         while self._inbox.fill(wait=not self._has_chores()):
             frames = self._inbox.frames()

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 class LoadedModel:
     """A model that the main thread predicts with and the loader thread may free between two predictions."""
 
+    __slots__ = ("_lock", "_predictor", "row_seconds", "size")
+
     def __init__(self, predictor: Predictor, size: int = 0) -> None:
         self.size = size
         """Heap it takes."""

@@ -13,14 +13,18 @@ import importlib
 import importlib.util
 import json
 import threading
+from functools import lru_cache
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from modelcache.worker.ends import Account, read_ends
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 Matrix = NDArray[np.float32]
 
@@ -110,7 +114,7 @@ class XGBoostPredictor:
     def __init__(self, handle: ctypes.c_void_p) -> None:
         self._handle = handle
         self._predict_dense = _library().XGBoosterPredictFromDense
-        self._rows_at_once: dict[str, int] = {}
+        self._rows_at_once: Mapping[str, int] = {}
 
     @classmethod
     def load(cls, data: memoryview, *, threads: int) -> Self:
@@ -190,11 +194,10 @@ class XGBoostPredictor:
     def _choose_path(self) -> None:
         rounds = _number(_library().XGBoosterBoostedRounds, ctypes.c_int, self._handle)
         end = min(self.best_iteration + 1, rounds) if self.best_iteration is not None else 0
-        self._configs = {output: _config(kind, end) for output, kind in _PREDICTION_TYPES.items()}
+        self._configs = _configs(end, tuple(_PREDICTION_TYPES))
         # The path without a DMatrix gives values and margins only, not for linear boosters, and for dart it adds up
         # the trees in another order, which changes the last bit.
-        fast = ("value", "margin") if self.booster == "gbtree" else ()
-        self._dense = {output: self._configs[output] for output in fast}
+        self._dense = _configs(end, ("value", "margin") if self.booster == "gbtree" else ())
 
     def _try_on(self, rows: Matrix) -> Matrix | None:
         try:
@@ -208,11 +211,7 @@ class XGBoostPredictor:
     def _note_shape(self, trial: Matrix) -> None:
         """Learn from a first prediction what comes out."""
         self.n_outputs = int(np.prod(trial.shape[1:]))
-        widths = {"leaf": self.n_trees, "contribs": self.n_outputs * (self.n_features + 1)}
-        self._rows_at_once = {
-            output: max(_FEWEST_ROWS, _CELLS_AT_ONCE // max(1, widths.get(output, self.n_outputs)))
-            for output in _PREDICTION_TYPES
-        }
+        self._rows_at_once = _rows_at_once(self.n_outputs, self.n_features, self.n_trees)
 
     def _predict_from_dmatrix(self, rows: Matrix, output: str, results: _Results) -> None:
         library, matrix = _library(), ctypes.c_void_p()
@@ -272,11 +271,33 @@ therefore predicted in pieces of 16 KiB of answers, or of 256 rows: with fewer, 
 _PREDICTION_TYPES = {"value": 0, "margin": 1, "contribs": 2, "leaf": 6}
 
 
+_KINDS_SHARED = 1024
+"""What is the same for all models of a fleet they share: 1.3 KB of each, and of the processor's caches."""
+
+
 def _config(kind: int, iteration_end: int) -> bytes:
     return (
         b'{"type":%d,"training":false,"iteration_begin":0,"iteration_end":%d,'
         b'"strict_shape":false,"missing":NaN,"cache_id":0}' % (kind, iteration_end)
     )
+
+
+@lru_cache(_KINDS_SHARED)
+def _configs(iteration_end: int, outputs: tuple[str, ...]) -> Mapping[str, bytes]:
+    return {output: _config(_PREDICTION_TYPES[output], iteration_end) for output in outputs}
+
+
+@lru_cache(_KINDS_SHARED)
+def _rows_at_once(outputs: int, features: int, trees: int) -> Mapping[str, int]:
+    widths = {"leaf": trees, "contribs": outputs * (features + 1)}
+    return {
+        output: max(_FEWEST_ROWS, _CELLS_AT_ONCE // max(1, widths.get(output, outputs))) for output in _PREDICTION_TYPES
+    }
+
+
+@lru_cache(_KINDS_SHARED)
+def _shared_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    return names
 
 
 def _new_booster(threads: int, *matrices: ctypes.c_void_p) -> ctypes.c_void_p:
@@ -291,7 +312,7 @@ def _feature_names(handle: ctypes.c_void_p) -> tuple[str, ...] | None:
     count, names = ctypes.c_uint64(), ctypes.POINTER(ctypes.c_char_p)()
     get = _library().XGBoosterGetStrFeatureInfo
     _check(get(handle, b"feature_name", ctypes.byref(count), ctypes.byref(names)))
-    return tuple((names[i] or b"").decode() for i in range(count.value)) or None
+    return _shared_names(tuple((names[i] or b"").decode() for i in range(count.value))) or None
 
 
 def _best_iteration(handle: ctypes.c_void_p) -> int | None:

@@ -195,6 +195,14 @@ def test_a_batch_that_is_cut_into_pieces_is_xgboosts_own_bit_for_bit(name: str, 
     assert np.array_equal(in_pieces, outcome(lambda: model.predict(rows, output)))
 
 
+def test_models_of_one_kind_share_what_is_the_same_for_all() -> None:
+    """Ten thousand of them do not have ten thousand copies of the same settings."""
+    one, other = load(trained("softprob")), load(trained("softprob"))
+    assert one._configs is other._configs
+    assert one._dense is other._dense
+    assert one._rows_at_once is other._rows_at_once
+
+
 def test_early_stopping_counts_the_trees_up_to_the_best_iteration() -> None:
     """Rule A5: it predicts as the booster does that is cut after its best iteration, not as the whole one."""
     booster, rows = trained("stopped"), xgb.DMatrix(FEATURES)

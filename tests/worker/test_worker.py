@@ -745,6 +745,12 @@ def test_a_worker_imports_neither_asyncio_nor_the_stores(odd_worker: LoneWorker)
     assert not modules & HEAVY
 
 
+def test_what_a_worker_starts_with_is_not_collected_again(odd_worker: LoneWorker) -> None:
+    """A collection holds up the predictions of all models: it walks through no module, only through what has come."""
+    (frozen,) = told(odd_worker, "frozen")
+    assert int(frozen) > 1000
+
+
 def test_a_worker_of_an_app_with_thousands_of_descriptors() -> None:
     """Its lanes have the numbers that they have in the parent, which may be beyond what ``select`` takes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
