@@ -48,7 +48,7 @@ class CacheFolder:
         self.root = root.absolute()
         self.index = self.root / "index.sqlite3"
         self.changes = self.root / "changes"
-        self._models = self.root / "models"
+        self.models_folder = self.root / "models"
         self._processes = self.root / "incoming"
         self.incoming = self._processes / secrets.token_hex(8)
         """Where the workers of this process write."""
@@ -57,7 +57,7 @@ class CacheFolder:
     def make(self) -> None:
         """Make what is not there yet, for this user alone."""
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for folder in (self._models, self._processes):
+        for folder in (self.models_folder, self._processes):
             folder.mkdir(mode=0o700, exist_ok=True)
 
     @contextmanager
@@ -116,11 +116,11 @@ class CacheFolder:
 
     def model(self, digest: str) -> Path:
         """Return the path of a published file."""
-        return self._models / digest
+        return self.models_folder / digest
 
     def models(self) -> dict[str, int]:
         """Return the bytes of each published file, listed in the index or not, by digest."""
-        with os.scandir(self._models) as entries:
+        with os.scandir(self.models_folder) as entries:
             return {entry.name: entry.stat(follow_symlinks=False).st_size for entry in entries if is_digest(entry.name)}
 
     def receive(self, incoming: Path) -> int:

@@ -92,10 +92,15 @@ class DiskCopy:
     """Bytes of the artifact in the store."""
     validated_at: float
     """When the store last said that this is its version: wall-clock seconds."""
-    path: Path
-    """May be gone by the time it is opened, when another process has evicted it: then drop the copy."""
+    folder: Path
+    """Where the files are; the same object for all copies, of which many are kept in memory."""
     serial: int
     """Tells this publication of these bytes from others."""
+
+    @property
+    def path(self) -> Path:
+        """May be gone by the time it is opened, when another process has evicted it: then drop the copy."""
+        return self.folder / self.digest
 
 
 class Totals(NamedTuple):
@@ -284,7 +289,7 @@ class Index:
         store, name, version, suffix, size, digest, artifact_bytes, validated_at, serial, cost, uses = row
         copy = DiskCopy(
             store=store, name=name, version=version, suffix=suffix, size=size, digest=digest,
-            artifact_bytes=artifact_bytes, validated_at=validated_at, path=self._folder.model(digest), serial=serial,
+            artifact_bytes=artifact_bytes, validated_at=validated_at, folder=self._folder.models_folder, serial=serial,
         )  # fmt: skip
         return Listed(copy, cost, uses)
 

@@ -186,7 +186,7 @@ class DiskTier:
         """
         copy = DiskCopy(
             store=store, name=name, version=version, suffix=suffix, size=size, digest=digest,
-            artifact_bytes=artifact_bytes, validated_at=validated_at, path=self._catalogue.folder.model(digest),
+            artifact_bytes=artifact_bytes, validated_at=validated_at, folder=self._catalogue.folder.models_folder,
             serial=0,
         )  # fmt: skip
         publication = self._waiting[incoming] = Publication(incoming, copy, cost)

@@ -71,7 +71,7 @@ async def test_a_published_copy_is_found(make_tier: MakeTier, tmp_path: Path) ->
     assert await tier.find(STORE, "a") is copy
     assert copy == DiskCopy(
         store=STORE, name="a", version="v1", suffix=".json", size=3, digest=sha256(b"one"), artifact_bytes=42,
-        validated_at=5.0, path=tmp_path / "cache" / "models" / sha256(b"one"), serial=copy.serial,
+        validated_at=5.0, folder=tmp_path / "cache" / "models", serial=copy.serial,
     )  # fmt: skip
     assert copy.path.read_bytes() == b"one"
     assert await tier.find("s3://another", "a") is None, "stores are told apart"
