@@ -359,7 +359,7 @@ class Attempt:
         source = self._source
         return Resident(
             self._worker, self._loading.model, source.version, self._received, facts.unpacked_bytes,
-            source.suffix, facts.model, self._downloading, self._elapsed() - self._downloading,
+            source.suffix, facts.model, self._downloading, self._elapsed(),
             tier=self.found.tier, checked_at=self._asked_at - self.found.age, doubt=self.found.doubt,
         )  # fmt: skip
 

@@ -71,8 +71,8 @@ class Resident(Place):
     facts: ModelFacts
     downloading: float
     """Seconds from asking the store to its last byte."""
-    loading: float
-    """Seconds from then until the model could be used."""
+    load_seconds: float
+    """Seconds until the model could be used, those of downloading among them, without queues."""
     row_seconds: Mapping[int, float] = field(default_factory=lambda: _NOTHING_MEASURED)
     """Seconds a row takes in a large call, as last measured, by what was asked for: contributions cost a thousand
     times what values do."""
@@ -91,9 +91,9 @@ class Resident(Place):
     """Why the last attempt to renew it failed; None if it did not."""
 
     @property
-    def load_seconds(self) -> float:
-        """Downloading and loading, without queues."""
-        return self.downloading + self.loading
+    def loading(self) -> float:
+        """Seconds from the last byte until the model could be used."""
+        return self.load_seconds - self.downloading
 
 
 class Residency:
