@@ -272,7 +272,7 @@ _PREDICTION_TYPES = {"value": 0, "margin": 1, "contribs": 2, "leaf": 6}
 
 
 _KINDS_SHARED = 1024
-"""What is the same for all models of a fleet they share: 1.3 KB of each, and of the processor's caches."""
+"""What is the same for all models of a fleet they share: 1.3 KB of each."""
 
 
 def _config(kind: int, iteration_end: int) -> bytes:
