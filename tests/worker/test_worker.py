@@ -208,7 +208,7 @@ def test_each_call_of_a_batch_is_told_its_share_of_the_time(served: Served) -> N
     with ours, theirs:
         ours.settimeout(PATIENCE)
         ours.sendall(ask(1, 1, [[0, 1]]) + ask(2, 1, [[0, 2], [0, 3], [0, 4]]))
-        lane = Thread(target=RequestLane(theirs, served.models).run)
+        lane = Thread(target=RequestLane(theirs, served.models, both_ends()[1]).run)
         lane.start()
         seconds = {}
         for _ in range(2):
