@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     Matrix = NDArray[np.float32]
 
-SHARED_FROM = 32 << 10
+SHARED_FROM = 64 << 10
 """Bytes of rows from which a slot is cheaper than the socket."""
 
 WHOLE, FRESH, BEGUN, NONE = range(4)

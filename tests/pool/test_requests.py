@@ -308,7 +308,7 @@ async def test_an_end_that_nobody_awaits_is_not_logged(lane: Lane) -> None:
 
 # Rows in shared memory
 
-MANY = np.arange(6 * 2000, dtype=np.float32).reshape(-1, 6)
+MANY = np.arange(6 * 4000, dtype=np.float32).reshape(-1, 6)
 
 
 def report(kind: int, number: int, slot: int, *shape: int, payload: bytes = b"") -> bytes:
@@ -330,12 +330,12 @@ async def test_many_rows_travel_in_a_slot_and_their_answer_too(lane: Lane) -> No
     (slot,) = slots_of(lane)
     assert np.array_equal(lane.arena.at(slot, MANY.shape), MANY)
     assert len(lane.slots.free) == SLOTS - 1
-    lane.arena.at(slot, (2000,))[:] = np.arange(2000)
-    lane.channel.data_received(report(wire.SHARED, number, slot, 2000))
+    lane.arena.at(slot, (4000,))[:] = np.arange(4000)
+    lane.channel.data_received(report(wire.SHARED, number, slot, 4000))
     assert len(lane.slots.free) == SLOTS
-    lane.arena.at(slot, (2000,))[:] = 0
+    lane.arena.at(slot, (4000,))[:] = 0
     values, seconds = await future
-    assert np.array_equal(values, np.arange(2000))
+    assert np.array_equal(values, np.arange(4000))
     assert seconds == 0.5
     assert values.flags.writeable
     assert lane.observed == [lane.channel.last_latency]
@@ -372,7 +372,7 @@ async def test_a_slot_of_a_cancelled_call_is_the_workers_until_it_says_so(lane: 
         lane.channel.cancel(number)
         await settle(2)
         assert slot not in lane.slots.free
-        lane.channel.data_received(report(kind, number, slot, 2000))
+        lane.channel.data_received(report(kind, number, slot, 4000))
         assert len(lane.slots.free) == SLOTS
 
 
@@ -390,8 +390,8 @@ async def test_a_slot_comes_back_with_an_answer_that_did_not_fit_and_with_a_refu
     (first, wide), (second, refused) = lane.predict(MANY), lane.predict(MANY)
     await settle(2)
     one, two = (slot for slot in range(1, SLOTS + 1) if slot not in lane.slots.free)
-    values = np.ones((2000, 7), np.float32)
-    lane.channel.data_received(report(wire.RESULT, first, one, 2000, 7, payload=values.tobytes()))
+    values = np.ones((4000, 7), np.float32)
+    lane.channel.data_received(report(wire.RESULT, first, one, 4000, 7, payload=values.tobytes()))
     lane.channel.data_received(report(wire.ERROR, second, two, payload=b"no"))
     assert np.array_equal((await wide)[0], values)
     with pytest.raises(InvalidInputError, match="no"):
@@ -406,7 +406,7 @@ async def test_rows_that_cannot_be_written_take_no_slot(lane: Lane) -> None:
         raise MemoryError
 
     with pytest.raises(MemoryError):
-        lane.channel.predict_written(lane.queue, (2000, 6), fail, 0, 0.0)
+        lane.channel.predict_written(lane.queue, (4000, 6), fail, 0, 0.0)
     assert len(lane.slots.free) == SLOTS
     assert not lane.channel.pending
     assert lane.transport.writes == []
