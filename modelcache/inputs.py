@@ -58,7 +58,7 @@ _ROWS = (list, tuple, np.ndarray)
 LARGE_CELLS = 1 << 18
 """1 MiB of float32. To copy as much takes the event loop 0.1 ms, to convert it from float64 0.3."""
 _CELLS_OF_PIECE = 1 << 13
-_PAUSE = 0.00005  # seconds: shorter ones end before the loop's thread is awake
+_PAUSE = 0.00005  # seconds, in which the loop's thread can wake up and take the GIL
 _REMEDY = "Pass rows of numbers: lists, a 1-D or 2-D array, a DataFrame, an Arrow table or a sparse matrix."
 
 # The rows that array("f") converts as XGBoost does. It rounds by way of float64: not for integers alone.

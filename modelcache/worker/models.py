@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class LoadedModel:
     """A model that the main thread predicts with and the loader thread may free between two predictions."""
 
-    __slots__ = ("_lock", "_predictor", "row_seconds", "size")
+    __slots__ = ("_lock", "_predictor", "most_rows", "size")
 
     def __init__(self, predictor: Predictor, size: int = 0) -> None:
         self.size = size
