@@ -82,3 +82,7 @@ DIGEST = 32
 
 PAYLOAD_LIMIT = 1 << 20
 """Largest payload the parent puts into one frame, unless a single row is larger."""
+
+FEW_ROWS = 16
+"""The most rows of a call that a second engine answers: XGBoost is the faster one from about 64 on, of larger models
+earlier."""
