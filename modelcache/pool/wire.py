@@ -32,6 +32,8 @@ by SKIPPED if nobody wants the answer any more.
                                  missing values
     GRANT    model, allowed      the reservation has grown
     UNLOAD   model               free the model, or forget the artifact
+    CONVERT  model, allowed      give the model a second engine, which may take so many bytes, when all else is done
+                                 payload: rows that it has been asked, float32, row-major, to compare both on
     MEASURE                      report the heap
 
     HELLO    pid                 the worker is up; payload: JSON with exact_heap, or with kind ("missing", "fault") and
@@ -44,6 +46,8 @@ by SKIPPED if nobody wants the answer any more.
     FAILED   model               payload: JSON with kind, message and facts
     SAVED    model, bytes        written to `save`, in the form that loads fastest; payload: JSON with its `digest`, or
                                  with the `error` that prevented it
+    CONVERTED model, bytes       answers CONVERT, unless UNLOAD came first: what the second engine takes
+                                 payload: JSON with the `refusal` that keeps the model as it is, or null
     UNLOADED model               its bytes are free
     HEAP     model, bytes        answers MEASURE: bytes in use
 
@@ -60,8 +64,8 @@ from struct import Struct
 # kinds, request lane
 PREDICT, CANCEL, PING, PONG, RESULT, ERROR, FAULT, SHARED, SKIPPED = range(1, 10)
 # kinds, artifact lane
-BEGIN, OPEN, CHUNK, END, GRANT, UNLOAD, MEASURE = range(16, 23)
-HELLO, NEED, ANSWER, LOADED, SAVED, FAILED, UNLOADED, HEAP = range(32, 40)
+BEGIN, OPEN, CHUNK, END, GRANT, UNLOAD, MEASURE, CONVERT = range(16, 24)
+HELLO, NEED, ANSWER, LOADED, SAVED, FAILED, UNLOADED, HEAP, CONVERTED = range(32, 41)
 
 OUTPUTS = ("value", "margin", "leaf", "contribs")
 """What a call may ask for; a frame carries the index."""

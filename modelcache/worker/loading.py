@@ -12,12 +12,10 @@ import json
 import os
 import sys
 from contextlib import contextmanager
-from os import sched_yield
 from pathlib import Path
 from select import POLLIN, poll
-from threading import Thread
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -25,11 +23,13 @@ from modelcache.pool import wire
 from modelcache.worker.arriving import Arriving, new_hash, read_copy
 from modelcache.worker.artifact import ArtifactError
 from modelcache.worker.bound import growing_by, most_bytes
+from modelcache.worker.converting import Conversions
 from modelcache.worker.describing import facts_of
 from modelcache.worker.heap import Scales, Slack
 from modelcache.worker.inbox import Inbox
 from modelcache.worker.models import LoadedModel
 from modelcache.worker.predictors import PredictorFaultError, XGBoostPredictor, described, no_message
+from modelcache.worker.threads import run_in_thread_of_its_own
 
 if TYPE_CHECKING:
     import socket
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from modelcache.worker.heap import Heap
     from modelcache.worker.models import Models
     from modelcache.worker.predictors import Matrix, Predictor
-
-T = TypeVar("T")
 
 _PAUSE, _REST = 20, 1000
 """Milliseconds without a frame after which there is time for a reading, and for returning what is free."""
@@ -79,6 +77,7 @@ class ArtifactLane:
         self._predictor: type[Predictor]
         self._arriving: dict[int, Arriving] = {}
         self._slack = Slack(heap)
+        self._conversions = Conversions(models, heap, self._report_conversion)
         self._prepared = False
         """True while the next load can begin without a reading, and with a booster that is there already."""
 
@@ -110,9 +109,9 @@ class ArtifactLane:
         if sample is None:
             return
         try:
-            data: bytes = _run_in_thread_of_its_own(sample)
+            data: bytes = run_in_thread_of_its_own(sample)
             loaded = LoadedModel(predictor.load(memoryview(data), threads=self._threads))
-            _run_in_thread_of_its_own(loaded.free)
+            run_in_thread_of_its_own(loaded.free)
         except ImportError:  # of a package that is imported when it is needed
             raise
         except Exception as error:
@@ -127,6 +126,8 @@ class ArtifactLane:
             self._open(model, number, *_copy_in(payload))
         elif kind == wire.UNLOAD:
             self._unload(model)
+        elif kind == wire.CONVERT:
+            self._conversions.order(model, number, bytes(payload))
         elif kind == wire.MEASURE:
             self._send(wire.HEAP, 0, self._heap.in_use())
         elif model in self._arriving:  # the artifact may have been refused while its chunks were on the way
@@ -244,7 +245,7 @@ class ArtifactLane:
         try:
             data: bytes | bytearray = unpacked.data
             if unpacked.format == "json" and isinstance(predictor, XGBoostPredictor):
-                data = _run_in_thread_of_its_own(predictor.as_ubjson)
+                data = run_in_thread_of_its_own(predictor.as_ubjson)
             _write_new(path, data)
         except (OSError, ValueError) as error:
             self._send(wire.SAVED, model, 0, {"error": str(error)})
@@ -256,9 +257,10 @@ class ArtifactLane:
 
     def _unload(self, model: int) -> None:
         self._arriving.pop(model, None)
+        self._conversions.forget(model)
         loaded = self._models.pop(model, None)
         if loaded is not None:
-            _run_in_thread_of_its_own(loaded.free)
+            run_in_thread_of_its_own(loaded.free)
             self._slack.unloaded(loaded.size)
             self._disturb()
         self._send(wire.UNLOADED, model)
@@ -274,15 +276,17 @@ class ArtifactLane:
     # What can wait until there is nothing else to do
 
     def _has_chores(self) -> bool:
-        return self._can_prepare() or self._slack.is_due
+        return self._can_prepare() or bool(self._conversions) or self._slack.is_due
 
     def _do_a_chore(self) -> None:
         """Do one, unless a frame comes first."""
         prepares = self._can_prepare()
-        if self._waiting.poll(_PAUSE if prepares else _REST):
+        if self._waiting.poll(_PAUSE if prepares or self._conversions else _REST):
             return
         if prepares:
             self._prepare()
+        elif self._conversions:
+            self._convert()
         else:
             self._slack.give_back()
 
@@ -294,6 +298,13 @@ class ArtifactLane:
         if self._predictor is XGBoostPredictor:
             self._scales.set_aside(lambda: XGBoostPredictor.prepare(threads=self._threads))
         self._prepared = True
+
+    def _convert(self) -> None:
+        self._slack.loaded(self._conversions.carry_out())
+        self._disturb()
+
+    def _report_conversion(self, model: int, size: int, refusal: str | None) -> None:
+        self._send(wire.CONVERTED, model, size, {"refusal": refusal})
 
     def _send(self, kind: int, model: int, number: int = 0, facts: dict[str, Any] | None = None) -> None:
         self._sock.sendall(_report(kind, model, number, facts))
@@ -327,33 +338,6 @@ def _write_new(path: Path, data: bytes | bytearray) -> None:
         view = memoryview(data)
         while view:
             view = view[file.write(view) :]
-
-
-def _run_in_thread_of_its_own(task: Callable[[], T]) -> T:
-    """Run ``task`` so that what it frees is free in the allocator's books too.
-
-    glibc keeps some of the chunks that a thread frees in a cache of that thread, where they count as in use, and the
-    next load takes them from there unseen: a small model then seems to take half of what it does. The cache is given
-    back when the thread has ended, which is a moment after Python has left it.
-    """
-    results: list[T] = []
-    errors: list[Exception] = []
-
-    def run() -> None:
-        try:
-            results.append(task())
-        except Exception as error:  # noqa: BLE001 - raised again where it was asked for
-            errors.append(error)
-
-    thread = Thread(target=run)
-    thread.start()
-    entry = Path("/proc/self/task", str(thread.native_id))
-    thread.join()
-    while entry.exists():
-        sched_yield()
-    for error in errors:
-        raise error
-    return results[0]
 
 
 def _plausible(measured: int, unpacked: int) -> int:

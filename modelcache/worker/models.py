@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from modelcache.worker.predictors import PredictorFaultError
 
 if TYPE_CHECKING:
+    from modelcache.worker.engines import ConvertedPredictor
     from modelcache.worker.predictors import Matrix, Predictor
 
 
@@ -21,7 +22,7 @@ class LoadedModel:
         """Heap it takes."""
         self.most_rows: dict[int, int] = {}
         """How many rows may be predicted at a stretch, by what is asked for, as far as that is known."""
-        self._predictor: Predictor | None = predictor
+        self._predictor: Predictor | ConvertedPredictor | None = predictor
         self._lock = Lock()
 
     def predict(self, rows: Matrix, output: str) -> Matrix:
@@ -30,6 +31,17 @@ class LoadedModel:
             if self._predictor is None:
                 raise PredictorFaultError("the model has been unloaded")
             return self._predictor.predict(rows, output)
+
+    @property
+    def predictor(self) -> Predictor | ConvertedPredictor | None:
+        """What answers; None once the model has been freed."""
+        return self._predictor
+
+    def convert(self, converted: ConvertedPredictor, size: int) -> None:
+        """Let the next prediction be answered by ``converted``, which takes ``size`` bytes more."""
+        with self._lock:
+            self._predictor = converted
+        self.size += size
 
     def free(self) -> None:
         """Drop the model; waits for a prediction that is using it, and frees in the calling thread."""
