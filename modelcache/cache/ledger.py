@@ -230,6 +230,24 @@ class Ledger:
             self.idle += entry.size
         return self._pump()
 
+    # What a resident model takes
+
+    def enlarge(self, entry: Entry[Any], growth: int) -> bool:
+        """Charge ``growth`` bytes more for a listed entry if they are free and nobody waits for bytes."""
+        if self.queue or growth > self.free:
+            return False
+        self._reweigh(entry, growth)
+        return True
+
+    def shrink(self, entry: Entry[Any], excess: int) -> Retired:
+        """Charge ``excess`` bytes less for an entry, wherever it is on its way out."""
+        if entry.state is State.UNLOADING:
+            self.unloading -= excess
+            entry.size -= excess
+        else:
+            self._reweigh(entry, -excess)
+        return self._pump()
+
     # Leaving
 
     def detach(self, key: str, cause: EvictionCause) -> Retired:
@@ -428,6 +446,18 @@ class Ledger:
     def _forget(self, entry: Entry[Any]) -> None:
         entry.state = State.GONE
         self.leaving.discard(entry)
+
+    def _reweigh(self, entry: Entry[Any], growth: int) -> None:
+        """Change the size of a resident entry; the policy ranks by it, and so takes the entry in again."""
+        listed = entry.state is State.READY
+        if listed:
+            self._tell("remove", entry)
+        entry.size += growth
+        self.resident += growth
+        if listed:
+            self.idle += 0 if entry.pins else growth
+            self.pinned += growth if entry.pinned else 0
+            self._tell("insert", entry)
 
     # The policy: it ranks, and is not trusted with more
 

@@ -12,7 +12,7 @@ import pytest
 import oracle
 from modelcache.cache.entry import Entry, State
 from modelcache.cache.ledger import Ledger
-from modelcache.cache.policies import Evictable, LRUPolicy
+from modelcache.cache.policies import Evictable, GDSFPolicy, LRUPolicy, S3FIFOPolicy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -144,6 +144,64 @@ def test_a_queued_claim_given_back_lets_the_next_through(ledger: Ledger) -> None
     ledger.resize(101)
     assert next_one.granted
     assert not head.granted
+
+
+def test_a_resident_model_grows_by_free_bytes_alone(ledger: Ledger) -> None:
+    """L1: nothing is evicted for it, and nobody who waits for bytes is passed."""
+    first, second = load(ledger, "a", 30), load(ledger, "b", 30)
+    assert not ledger.enlarge(first, 41)
+    assert ledger.enlarge(first, 40)
+    assert (first.size, figures(ledger)) == (70, (100, 0, 0, 100))
+    ledger.shrink(first, 30)
+    ledger.lease(first)
+    ledger.lease(second)
+    assert not Queued(ledger, "c", 50).granted
+    assert not ledger.enlarge(first, 1)
+
+
+@pytest.mark.parametrize("policy", [LRUPolicy, GDSFPolicy, S3FIFOPolicy])
+def test_a_policy_ranks_by_the_size_that_a_model_has_grown_to(
+    make_ledger: MakeLedger, policy: Callable[[], EvictionPolicy]
+) -> None:
+    """L7: it is told by remove and insert, so that it keeps no sum of its own that is wrong."""
+    ledger = make_ledger(policy=policy())
+    entry = load(ledger, "a", 30)
+    ledger.enlarge(entry, 50)
+    load(ledger, "b", 20)
+    assert keys(Queued(ledger, "c", 90).retired) in (["a", "b"], ["b", "a"])
+    assert ledger.policy is not None
+
+
+def test_what_a_model_turns_out_not_to_take_is_granted_to_the_next(ledger: Ledger) -> None:
+    """L1, L4: while the model itself is leased."""
+    entry = load(ledger, "a", 30, leases=1)
+    assert ledger.enlarge(entry, 60)
+    other = Queued(ledger, "b", 60)
+    assert not other.granted
+    ledger.shrink(entry, 50)
+    assert other.granted
+
+
+def test_a_pinned_model_may_grow_and_shrink(ledger: Ledger) -> None:
+    """L4: what pins hold is counted with it."""
+    entry = load(ledger, "a", 30, pinned=True)
+    assert ledger.enlarge(entry, 60)
+    assert ledger.room == 10
+    ledger.shrink(entry, 50)
+    assert (ledger.room, figures(ledger)) == (60, (40, 0, 0, 0))
+
+
+@pytest.mark.parametrize("leases", [0, 1])
+def test_a_model_may_shrink_on_its_way_out(ledger: Ledger, leases: int) -> None:
+    """L5: what it takes less is free at once, the rest when the worker says so."""
+    entry = load(ledger, "a", 90, leases=leases)
+    ledger.detach("a", "unload")
+    ledger.shrink(entry, 50)
+    assert ledger.charged == 40
+    if leases:
+        ledger.release(entry)
+    ledger.acknowledge(entry)
+    assert ledger.charged == 0
 
 
 # L2: first come, first served
