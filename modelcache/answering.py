@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from modelcache.cache.entry import Entry
+    from modelcache.engines import Engines
     from modelcache.lease import Lease
     from modelcache.leasing import Leasing
     from modelcache.lifecycle import Lifecycle
@@ -48,8 +49,10 @@ class Answering:
         start: Callable[[], Awaitable[object]],
         *,
         queue_limit: int,
+        engines: Engines | None = None,
     ) -> None:
         self._state = state
+        self._engines = engines
         self._leasing = leasing
         self._quarantine = quarantine
         self._life = life
@@ -84,6 +87,8 @@ class Answering:
                 raise
             else:
                 self._quarantine.acquit(entry)
+                if self._engines is not None and not entry.copies:
+                    self._engines.saw(entry, call)
                 return answer
             finally:
                 self._leasing.release(entry)
@@ -110,13 +115,19 @@ class Answering:
                 await self._renew(lease, call.deadline)
                 lease.check_held()
             try:
-                return await (self._ask_one_of(lease.entry, call) if lease.entry.copies else ask(lease.entry, call))
+                if lease.entry.copies:
+                    return await self._ask_one_of(lease.entry, call)
+                answer = await ask(lease.entry, call)
             except WorkerLostError as error:
                 self._life.check()
                 call.lost = error.epitaph
             except OverloadedError:
                 self._note_refusal()
                 raise
+            else:
+                if self._engines is not None:
+                    self._engines.saw(lease.entry, call)
+                return answer
         raise _crashed_twice(lease.name, call.lost)
 
     def info(self, entry: Entry[Resident]) -> ModelInfo:
@@ -127,9 +138,12 @@ class Answering:
         """Ask a model that is in several workers."""
         seat = self._leasing.seat(entry)
         try:
-            return await ask(seat, call)
+            answer = await ask(seat, call)
         finally:
             self._leasing.release(seat)
+        if self._engines is not None:
+            self._engines.saw(seat, call)
+        return answer
 
     def _note_refusal(self) -> None:
         self._state.counters.rejected += 1

@@ -51,8 +51,14 @@ def _resident(state: Residency, entry: Entry[Resident]) -> str:
         f"{entry.key} is resident: version {place.version}, {show_bytes(entry.size)} in worker {workers}, "
         f"{held}. It loaded in {place.load_seconds * 1e3:.1f} ms ({place.downloading * 1e3:.1f} downloading, "
         f"{place.loading * 1e3:.1f} loading), has had {entry.hits} hits, and was last used "
-        f"{now - entry.last_used:.1f} s ago. {_version(state, entry)} {_budget(state)}"
+        f"{now - entry.last_used:.1f} s ago. {_engine(place)}{_version(state, entry)} {_budget(state)}"
     )
+
+
+def _engine(place: Resident) -> str:
+    if place.engine == "onnx":
+        return "Calls of few rows are answered by ONNX Runtime. "
+    return f"It got no second engine: {place.stays}. " if place.stays is not None else ""
 
 
 def _version(state: Residency, entry: Entry[Resident]) -> str:

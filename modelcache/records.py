@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 Output = Literal["value", "margin", "leaf", "contribs"]
 Tier = Literal["memory", "disk", "store"]
+Engine = Literal["predictor", "onnx"]
 EvictionCause = Literal["budget", "unload", "retain", "replaced", "deleted", "worker", "close"]
 
 
@@ -53,6 +54,8 @@ class ModelInfo:
     n_trees: int | None
     best_iteration: int | None
     """Of a model trained with early stopping: predictions use the trees up to here."""
+    engine: Engine
+    """"onnx" since ``engine="auto"`` has given it ONNX Runtime for calls of few rows, else "predictor"."""
 
 
 @dataclass(frozen=True, slots=True)

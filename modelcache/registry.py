@@ -12,13 +12,15 @@ import logging
 import time
 import warnings
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Any, Self
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from modelcache.answering import Answering
 from modelcache.cache.entry import State
 from modelcache.cache.policies import make_policy
 from modelcache.copying import Copier
-from modelcache.errors import ModelCacheError, StoreError
+from modelcache.engines import Engines
+from modelcache.errors import MissingDependencyError, ModelCacheError, StoreError
 from modelcache.explaining import explain
 from modelcache.groups import Groups
 from modelcache.lease import Lease
@@ -69,7 +71,9 @@ class ModelRegistry:
     up to 30; 0 turns that off. A resident version is trusted for ``refresh_after`` seconds; the next call after that is
     answered by it, and has the store asked in the background for another. None: never; 0: each call. ``queue_limit`` is
     how many calls may wait per worker. ``retain=False`` unloads each model after its call. ``predictor`` names a
-    :class:`Predictor` class as "package.module:Class"; it is imported in the workers. ``clock`` gives seconds.
+    :class:`Predictor` class as "package.module:Class"; it is imported in the workers. ``engine="auto"`` has ONNX
+    Runtime answer calls of few rows, once a model is asked often, if its answers are the same bit for bit and there are
+    free bytes for it (pip install 'modelcache[onnx]'). ``clock`` gives seconds.
 
     Use it as ``async with``, or call :meth:`start` and :meth:`close`; the first call starts it too. All methods belong
     to one event loop.
@@ -91,12 +95,14 @@ class ModelRegistry:
         queue_limit: int = 1024,
         retain: bool = True,
         predictor: str = XGBOOST,
+        engine: Literal["xgboost", "auto"] = "xgboost",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         _check_counts(
             workers=workers, threads_per_worker=threads_per_worker, load_concurrency=load_concurrency,
             queue_limit=queue_limit,
         )  # fmt: skip
+        _check_engine(engine, predictor)
         _check_seconds("load_timeout", load_timeout)
         _check_seconds("failure_ttl", failure_ttl, none=0)
         if refresh_after is not None:
@@ -129,8 +135,9 @@ class ModelRegistry:
         self._starting: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._answering = Answering(
-            self._state, self._leasing, self._loader.quarantine, self._life, self.start, queue_limit=queue_limit
-        )
+            self._state, self._leasing, self._loader.quarantine, self._life, self.start, queue_limit=queue_limit,
+            engines=Engines(self._state) if engine == "auto" else None,
+        )  # fmt: skip
         self._groups = Groups(self._state, self._loader, self._leasing, self._life)
         self._background: set[asyncio.Task[Any]] = set()
 
@@ -439,6 +446,15 @@ class ModelRegistry:
             await self.load(key)
         except ModelCacheError as error:
             logger.warning("pinned model %s could not be loaded again: %s", key, error)
+
+
+def _check_engine(engine: str, predictor: str) -> None:
+    if engine not in ("xgboost", "auto"):
+        raise ValueError(f"engine is {engine!r}: it has to be 'xgboost' or 'auto'.")
+    if engine == "auto" and predictor != XGBOOST:
+        raise ValueError(f"engine='auto' converts models of XGBoost, and predictor is {predictor!r}: leave one out.")
+    if engine == "auto" and find_spec("onnxruntime") is None:
+        raise MissingDependencyError("engine='auto' needs ONNX Runtime: pip install 'modelcache[onnx]'")
 
 
 def _check_counts(**options: int | None) -> None:

@@ -23,6 +23,7 @@ from modelcache.counters import Counters
 from modelcache.errors import BudgetTimeoutError, ModelNotFoundError
 from modelcache.history import History
 from modelcache.records import (
+    Engine,
     Event,
     LoadFailed,
     ModelEvicted,
@@ -89,6 +90,13 @@ class Resident(Place):
     """The version it took the place of, without a moment in which there was neither."""
     doubt: str | None = field(default=None, kw_only=True)
     """Why the last attempt to renew it failed; None if it did not."""
+    small_calls: int = field(default=0, kw_only=True)
+    """Calls of few rows since it was loaded, or since there were no bytes for a second engine."""
+    rows_kept: tuple[bytes, ...] = field(default=(), kw_only=True)
+    """Of the last of those calls, until the second engine is ordered."""
+    engine: Engine = field(default="predictor", kw_only=True)
+    stays: str | None = field(default=None, kw_only=True)
+    """Why it got no second engine, once that was tried."""
 
     @property
     def loading(self) -> float:
@@ -285,6 +293,7 @@ class Residency:
             booster=facts.booster,
             n_trees=facts.n_trees,
             best_iteration=facts.best_iteration,
+            engine=place.engine,
         )
 
     def emit(self, event: Event) -> None:

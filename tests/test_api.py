@@ -152,6 +152,7 @@ PARAMETERS = {
     "queue_limit": 1024,
     "retain": True,
     "predictor": "modelcache.worker.predictors:XGBoostPredictor",
+    "engine": "xgboost",
 }
 
 METHODS = {

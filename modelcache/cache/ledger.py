@@ -233,7 +233,7 @@ class Ledger:
     # What a resident model takes
 
     def enlarge(self, entry: Entry[Any], growth: int) -> bool:
-        """Charge ``growth`` bytes more for a listed entry if they are free and nobody waits for bytes."""
+        """Charge ``growth`` bytes more for an entry in the table, or a copy, if they are free and nobody waits for bytes."""
         if self.queue or growth > self.free:
             return False
         self._reweigh(entry, growth)
@@ -449,14 +449,15 @@ class Ledger:
 
     def _reweigh(self, entry: Entry[Any], growth: int) -> None:
         """Change the size of a resident entry; the policy ranks by it, and so takes the entry in again."""
-        listed = entry.state is State.READY
-        if listed:
+        ranked = entry.state is State.READY and entry.original is None
+        if ranked:
             self._tell("remove", entry)
         entry.size += growth
         self.resident += growth
-        if listed:
+        if entry.state is State.READY:
             self.idle += 0 if entry.pins else growth
             self.pinned += growth if entry.pinned else 0
+        if ranked:
             self._tell("insert", entry)
 
     # The policy: it ranks, and is not trusted with more

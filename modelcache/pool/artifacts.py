@@ -95,6 +95,16 @@ class Saved:
     """Why it could not be written."""
 
 
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """What became of an order to give a model a second engine."""
+
+    size: int
+    """Bytes it takes."""
+    refusal: str | None
+    """Why the model stays as it is."""
+
+
 class Loading:
     """One artifact on its way into a worker; ``head`` is the frame that announces it, sent with what comes first."""
 
@@ -187,6 +197,7 @@ class ArtifactChannel(Channel):
         self._unloaded = unloaded
         self._loadings: dict[int, Loading] = {}
         self._saving: dict[int, asyncio.Future[Saved | None]] = {}
+        self._converting: dict[int, asyncio.Future[Converted]] = {}
         self._measuring: list[asyncio.Future[int]] = []
 
     @property
@@ -215,6 +226,15 @@ class ArtifactChannel(Channel):
         """Order the bytes of a model, or of an artifact on its way, to be freed."""
         self.send(_frame(wire.UNLOAD, model))
 
+    def convert(self, model: int, allowed: int, rows: bytes) -> asyncio.Future[Converted]:
+        """Order a second engine, of ``allowed`` bytes at most, that answers ``rows`` (float32) as the first does.
+
+        The future is cancelled if the model leaves, or the worker ends, before there is one.
+        """
+        future = self._converting[model] = self._loop.create_future()
+        self.send(_frame(wire.CONVERT, model, allowed, rows))
+        return future
+
     def measure(self) -> asyncio.Future[int]:
         """Ask for the bytes in use on the worker's heap."""
         future: asyncio.Future[int] = self._loop.create_future()
@@ -240,6 +260,8 @@ class ArtifactChannel(Channel):
             self._end_saving(model, None)
         for future in self._measuring:
             future.cancel()
+        for model in tuple(self._converting):
+            self._converting.pop(model).cancel()
 
     def frame_received(self, header: tuple[Any, ...], data: bytes, start: int, end: int) -> None:
         """Take one report."""
@@ -248,11 +270,15 @@ class ArtifactChannel(Channel):
             self._hello(json.loads(data[start:end]))
         elif kind == wire.UNLOADED:
             self._end_saving(model, None)
+            if converting := self._converting.pop(model, None):
+                converting.cancel()
             self._unloaded(model)
         elif kind == wire.HEAP:
             measuring = self._measuring.pop(0)
             if not measuring.done():
                 measuring.set_result(number)
+        elif kind == wire.CONVERTED:
+            self._converting.pop(model).set_result(Converted(number, **json.loads(data[start:end])))
         elif kind == wire.SAVED:
             self._end_saving(model, Saved(number, **json.loads(data[start:end])))
         elif kind == wire.ANSWER:
