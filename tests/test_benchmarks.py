@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +75,16 @@ def test_there_is_a_table_and_a_plot(results: dict[str, Any], written: Path) -> 
     assert all(about["label"] in page for about in results["rivals"].values())
     assert "WRONG" not in page
     assert (written / "latency.png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.skipif(find_spec("onnxruntime") is None, reason="the extra onnx is not installed")
+def test_the_engines_are_compared_on_equal_answers(tmp_path: Path) -> None:
+    """All models were converted, and each answer was the same before and after."""
+    subprocess.run(
+        [sys.executable, BENCHMARKS / "engines.py", "--quick", "--output", tmp_path],
+        check=True, capture_output=True, timeout=55,
+    )  # fmt: skip
+    (case,) = json.loads((tmp_path / "engines.json").read_text())["cases"]
+    assert case["correct"] is True
+    assert case["converted"] == 10
+    assert case["p50_ratio"]["median"] > 0

@@ -1,0 +1,130 @@
+"""``engine="auto"`` against XGBoost alone, through two registries of one worker each that take turns.
+
+    python benchmarks/engines.py            about a minute; writes benchmarks/results/engines.json
+    python benchmarks/engines.py --quick    seconds; shows that it works, not how fast anything is
+
+Ten models of each size are asked until all are converted. Then one client, and 64, ask rows of them in turn. Ratios are
+taken within a round, and each answer of one registry is compared with the other's, bit for bit, before the clock runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+import report
+from modelcache import MemoryStore, ModelRegistry
+from models import houses, train
+
+MODELS = 10
+SIZES = ((25, 5), (100, 6), (500, 6))
+WARM_UP = 200
+"""Calls of each model, of which 128 earn the conversion."""
+
+
+def main() -> None:
+    """Measure, print, write."""
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a few seconds, to see that it works")
+    parser.add_argument("--output", type=Path, default=report.RESULTS, help="folder for the results")
+    options = parser.parse_args()
+    sizes, rounds, seconds = (SIZES[:1], 1, 0.02) if options.quick else (SIZES, 5, 0.3)
+    results = report.environment("modelcache", "xgboost-cpu", "onnxruntime", "numpy") | {"benchmark": "engines"}
+    results["cases"] = [asyncio.run(compare(trees, depth, rounds, seconds)) for trees, depth in sizes]
+    for case in results["cases"]:
+        print(case)
+    options.output.mkdir(parents=True, exist_ok=True)
+    report.write_json(options.output / "engines.json", results)
+
+
+async def compare(trees: int, depth: int, rounds: int, seconds: float) -> dict[str, Any]:
+    """Return what was seen with models of one size."""
+    random = np.random.default_rng(1)
+    boosters = [train(random, trees=trees, depth=depth) for _ in range(MODELS)]
+    models = {f"m{index}.ubj": bytes(booster.save_raw("ubj")) for index, booster in enumerate(boosters)}
+    rows = houses(WARM_UP, random).astype(np.float32)
+    async with (
+        ModelRegistry(MemoryStore(models), workers=1) as xgboost,
+        ModelRegistry(MemoryStore(models), workers=1, engine="auto") as auto,
+    ):
+        correct = await _same_answers(xgboost, auto, rows)
+        await _all_tried(auto)
+        correct = correct and await _same_answers(xgboost, auto, rows)
+        seen = [await _round(xgboost, auto, rows, seconds) for _ in range(rounds)]
+        return {
+            "trees": trees,
+            "depth": depth,
+            "correct": correct,
+            "converted": sum(model.engine == "onnx" for model in auto.loaded()),
+            "bytes": {"xgboost": xgboost.stats().bytes_resident, "auto": auto.stats().bytes_resident},
+            **{key: report.summary([one[key] for one in seen]) for key in seen[0]},
+        }
+
+
+async def _same_answers(one: ModelRegistry, two: ModelRegistry, rows: np.ndarray[Any, Any]) -> bool:
+    same = True
+    for name in _names():
+        for row in rows:
+            ours, theirs = await one.predict(name, row), await two.predict(name, row)
+            same = same and ours.tobytes() == theirs.tobytes()
+    return same
+
+
+async def _all_tried(registry: ModelRegistry) -> None:
+    """Wait until each model is converted, or it is said why not."""
+
+    def is_tried(name: str) -> bool:
+        said = registry.explain(name)
+        return "ONNX Runtime" in said or "no second engine" in said
+
+    while not all(map(is_tried, _names())):  # noqa: ASYNC110 - it is nobody's event
+        await asyncio.sleep(0.02)
+
+
+async def _round(xgboost: ModelRegistry, auto: ModelRegistry, rows: np.ndarray[Any, Any], seconds: float) -> Any:
+    p50 = [await _p50(registry, rows, seconds) for registry in (xgboost, auto)]
+    rate = [await _rate(registry, rows, seconds) for registry in (xgboost, auto)]
+    return {
+        "p50_xgboost": p50[0], "p50_auto": p50[1], "p50_ratio": p50[0] / p50[1],
+        "rate_xgboost": rate[0], "rate_auto": rate[1], "rate_ratio": rate[1] / rate[0],
+    }  # fmt: skip
+
+
+async def _p50(registry: ModelRegistry, rows: np.ndarray[Any, Any], seconds: float) -> float:
+    """Return seconds of a call with one client."""
+    names, taken, end, call = _names(), [], time.perf_counter() + seconds, 0
+    while (started := time.perf_counter()) < end:
+        await registry.predict(names[call % MODELS], rows[call % len(rows)])
+        taken.append(time.perf_counter() - started)
+        call += 1
+    return median(taken)
+
+
+async def _rate(registry: ModelRegistry, rows: np.ndarray[Any, Any], seconds: float) -> float:
+    """Return calls per second with 64 clients."""
+    names, started = _names(), time.perf_counter()
+
+    async def client(number: int) -> int:
+        call = number
+        while time.perf_counter() < started + seconds:
+            await registry.predict(names[call % MODELS], rows[call % len(rows)])
+            call += 1
+        return call - number
+
+    calls = sum(await asyncio.gather(*map(client, range(64))))
+    return calls / (time.perf_counter() - started)
+
+
+def _names() -> list[str]:
+    return [f"m{index}" for index in range(MODELS)]
+
+
+if __name__ == "__main__":
+    main()
