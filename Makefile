@@ -39,6 +39,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/isolation.py
 	$(BIN)/python benchmarks/many_models.py
+	$(BIN)/python benchmarks/engines.py
 	$(BIN)/python benchmarks/readme.py
 
 lint: $(VENV)/.lint
