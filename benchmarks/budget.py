@@ -142,17 +142,17 @@ class Stopwatch:
         requests: Any = registry._pool.workers[0].requests  # noqa: SLF001 - what is measured is inside
         self._pid = registry._pool.workers[0].pid  # noqa: SLF001
         self._written = self._read = 0.0
-        write, received = requests._write, requests.data_received  # noqa: SLF001
+        write, received = requests._write, requests.buffer_updated  # noqa: SLF001
 
         def timed_write(data: bytes) -> None:
             write(data)
             self._written = perf_counter()
 
-        def timed_received(data: bytes) -> None:
+        def timed_received(nbytes: int) -> None:
             self._read = perf_counter()
-            received(data)
+            received(nbytes)
 
-        requests._write, requests.data_received = timed_write, timed_received  # noqa: SLF001
+        requests._write, requests.buffer_updated = timed_write, timed_received  # noqa: SLF001
 
     async def items(self, questions: list[tuple[str, Any]], calls: int) -> dict[str, float]:
         """Make ``calls`` calls, and return the median of each item in microseconds."""

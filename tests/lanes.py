@@ -5,8 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from modelcache.pool.blackbox import BlackBox
 from modelcache.pool.shared import Arena, Slots, map_memory, shared_memory
+
+if TYPE_CHECKING:
+    from modelcache.pool.channel import Channel
 
 
 def both_ends() -> tuple[Slots, Arena]:
@@ -14,6 +19,16 @@ def both_ends() -> tuple[Slots, Arena]:
     descriptor = shared_memory()
     try:
         return Slots(map_memory(descriptor)), Arena(map_memory(descriptor))
+    finally:
+        os.close(descriptor)
+
+
+def workers_end() -> tuple[Arena, BlackBox]:
+    """Return what a request lane is given of the memory."""
+    descriptor = shared_memory()
+    try:
+        memory = map_memory(descriptor)
+        return Arena(memory), BlackBox(memory)
     finally:
         os.close(descriptor)
 
@@ -44,3 +59,14 @@ class Line:
 
     number: int
     waiting: int = 0
+
+
+def deliver(channel: Channel, data: bytes) -> None:
+    """Let ``data`` arrive, in pieces as large as the channel has room for."""
+    rest = memoryview(data)
+    while rest:
+        buffer = channel.get_buffer(-1)
+        count = min(len(buffer), len(rest))
+        buffer[:count] = rest[:count]
+        channel.buffer_updated(count)
+        rest = rest[count:]

@@ -233,7 +233,7 @@ class Ledger:
     # What a resident model takes
 
     def enlarge(self, entry: Entry[Any], growth: int) -> bool:
-        """Charge ``growth`` bytes more for an entry in the table, or a copy, if they are free and nobody waits for any."""
+        """Charge ``growth`` bytes more for a model, or a copy of one, if they are free and nobody waits for any."""
         if self.queue or growth > self.free:
             return False
         self._reweigh(entry, growth)

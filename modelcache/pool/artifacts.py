@@ -263,11 +263,12 @@ class ArtifactChannel(Channel):
         for model in tuple(self._converting):
             self._converting.pop(model).cancel()
 
-    def frame_received(self, header: tuple[Any, ...], data: bytes, start: int, end: int) -> None:
+    def frame_received(self, header: tuple[Any, ...], data: memoryview, start: int, end: int) -> None:
         """Take one report."""
         _, kind, dimensions, _, model, number = header
+        payload = bytes(data[start:end])
         if kind == wire.HELLO:
-            self._hello(json.loads(data[start:end]))
+            self._hello(json.loads(payload))
         elif kind == wire.UNLOADED:
             self._end_saving(model, None)
             if converting := self._converting.pop(model, None):
@@ -278,13 +279,13 @@ class ArtifactChannel(Channel):
             if not measuring.done():
                 measuring.set_result(number)
         elif kind == wire.CONVERTED:
-            self._converting.pop(model).set_result(Converted(number, **json.loads(data[start:end])))
+            self._converting.pop(model).set_result(Converted(number, **json.loads(payload)))
         elif kind == wire.SAVED:
-            self._end_saving(model, Saved(number, **json.loads(data[start:end])))
+            self._end_saving(model, Saved(number, **json.loads(payload)))
         elif kind == wire.ANSWER:
-            self._take_answer(model, number, dimensions, data[start:end])
+            self._take_answer(model, number, dimensions, payload)
         elif loading := self._loadings.get(model):
-            self._advance(loading, kind, number, data[start:end])
+            self._advance(loading, kind, number, payload)
 
     def _end_saving(self, model: int, saved: Saved | None) -> None:
         future = self._saving.pop(model, None)

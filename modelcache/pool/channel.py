@@ -1,8 +1,10 @@
-"""A lane as the parent sees it: an ``asyncio.Protocol`` that writes and reads frames.
+"""A lane as the parent sees it: an ``asyncio.BufferedProtocol`` that writes and reads frames.
 
 Writes are coalesced: the first frame of a loop tick goes out at once, for the sake of the lone caller, and what
 follows in the same tick leaves in one write at its end. What is large does not wait that long: only what the transport
 holds counts towards back-pressure.
+
+What arrives is read into a buffer of ours: asyncio would make one of 256 KiB for each read.
 """
 
 from __future__ import annotations
@@ -18,9 +20,11 @@ if TYPE_CHECKING:
 _HIGH_WATER = 1 << 20
 _OUTBOX_LIMIT = 256 << 10
 """Bytes that wait for the end of the tick at most: below the high-water mark, to which only written bytes count."""
+_BUFFER = 256 << 10
+"""Bytes that are read at once, unless one frame is larger."""
 
 
-class Channel(asyncio.Protocol, ABC):
+class Channel(asyncio.BufferedProtocol, ABC):
     """One end of a lane. ``header`` is the layout of what arrives; ``lost`` is called once when it ends."""
 
     def __init__(self, header: Struct, lost: Callable[[], None]) -> None:
@@ -30,8 +34,10 @@ class Channel(asyncio.Protocol, ABC):
         self._corked = False
         self._outbox: list[bytes] = []
         self._outbox_bytes = 0
-        self._partial = bytearray()
+        self._buffer = memoryview(bytearray(_BUFFER))
+        self._filled = 0
         self._wanted = header.size
+        """Bytes that make the frame at the front of the buffer complete, as far as is known."""
         self._writable: asyncio.Future[None] | None = None
         self._transport: asyncio.Transport
 
@@ -104,34 +110,43 @@ class Channel(asyncio.Protocol, ABC):
 
     # Frames from the worker
 
-    def data_received(self, data: bytes) -> None:
-        """Take the frames apart (called by the loop)."""
-        if self._partial:
-            self._partial += data
-            if len(self._partial) < self._wanted:
-                return
-            data, self._partial = bytes(self._partial), bytearray()
-        taken = self._take_frames(data)
-        if taken < len(data):
-            self._partial += memoryview(data)[taken:]
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - the loop's signature
+        """Return where the next bytes are to be written (called by the loop)."""
+        return self._buffer[self._filled :]
 
-    def _take_frames(self, data: bytes) -> int:
-        """Handle the complete frames in ``data``; return where the incomplete one begins."""
-        unpack, header_size = self._header.unpack_from, self._header.size
-        start, size, self._wanted = 0, len(data), header_size
-        while size - start >= header_size:
-            header = unpack(data, start)
+    def buffer_updated(self, nbytes: int) -> None:
+        """Take the frames apart (called by the loop)."""
+        self._filled += nbytes
+        if self._filled >= self._wanted:
+            self._move_to_front(self._take_frames())
+
+    def _take_frames(self) -> int:
+        """Handle the complete frames; return where the incomplete one begins."""
+        unpack, header_size, buffer = self._header.unpack_from, self._header.size, self._buffer
+        start, filled, self._wanted = 0, self._filled, header_size
+        while filled - start >= header_size:
+            header = unpack(buffer, start)
             end = start + header_size + header[0]
-            if end > size:
+            if end > filled:
                 self._wanted = end - start
                 break
-            self.frame_received(header, data, start + header_size, end)
+            self.frame_received(header, buffer, start + header_size, end)
             start = end
         return start
 
+    def _move_to_front(self, start: int) -> None:
+        """Keep what follows ``start``, the beginning of a frame, in a buffer that has room for all of it."""
+        rest = self._buffer[start : self._filled]
+        self._filled = len(rest)
+        size = max(_BUFFER, self._wanted)
+        if size != len(self._buffer):
+            self._buffer = memoryview(bytearray(size))
+        if rest:
+            self._buffer[: len(rest)] = rest  # also right where they overlap
+
     @abstractmethod
-    def frame_received(self, header: tuple[Any, ...], data: bytes, start: int, end: int) -> None:
-        """Handle one frame, whose payload is ``data[start:end]``."""
+    def frame_received(self, header: tuple[Any, ...], data: memoryview, start: int, end: int) -> None:
+        """Handle one frame, whose payload is ``data[start:end]`` until this returns."""
 
     def close(self) -> None:
         """End the lane; the worker takes it as the order to leave."""

@@ -262,17 +262,17 @@ class RequestChannel(Channel):
                 call.future.set_exception(WorkerLostError(epitaph))
                 call.future.exception()  # nobody awaits a ping or the second of two slices: no log about that
 
-    def data_received(self, data: bytes) -> None:
+    def buffer_updated(self, nbytes: int) -> None:
         """Resolve the answered calls; what their callers send next leaves in one write."""
         before = len(self.pending)
-        super().data_received(data)
+        super().buffer_updated(nbytes)
         answered = before - len(self.pending)
         self._answered += answered
         if answered > 1:
             # Their callers wake up in the next tick, before what is scheduled now.
             self.cork()
 
-    def frame_received(self, header: tuple[Any, ...], data: bytes, start: int, end: int) -> None:
+    def frame_received(self, header: tuple[Any, ...], data: memoryview, start: int, end: int) -> None:
         """Resolve one call."""
         _, kind, dimensions, slot, number, rows, second, third, seconds = header
         if slot:
@@ -293,7 +293,7 @@ class RequestChannel(Channel):
         elif kind == wire.SHARED:
             values = self.slots.at(slot, (rows, second, third)[:dimensions]).copy()
         else:
-            _resolve_rarely(pending.future, kind, data[start:end])
+            _resolve_rarely(pending.future, kind, bytes(data[start:end]))
             return
         self.last_latency = monotonic() - pending.sent
         self._observe(self.last_latency)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from lanes import FakeTransport
+from lanes import FakeTransport, deliver
 from modelcache.pool import wire
 from modelcache.pool.artifacts import ArtifactChannel
 from modelcache.pool.blackbox import BlackBox
@@ -59,9 +59,9 @@ def report(kind: int, model: int, number: int) -> bytes:
 async def test_a_need_that_has_grown_is_not_met_by_a_smaller_grant(channel: ArtifactChannel) -> None:
     """L6: a second NEED that comes while the first one waits for its bytes is still open when those are granted."""
     loading = channel.begin(7, 10)
-    channel.data_received(report(wire.NEED, 7, 20))
+    deliver(channel, report(wire.NEED, 7, 20))
     await loading.news()
-    channel.data_received(report(wire.NEED, 7, 40))
+    deliver(channel, report(wire.NEED, 7, 40))
     loading.grant(20)
     assert loading.needed == 40
     async with asyncio.timeout(1):

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import settle
-from lanes import FakeTransport
+from lanes import FakeTransport, deliver
 from modelcache.pool import wire
 from modelcache.pool.channel import _HIGH_WATER, _OUTBOX_LIMIT, Channel
 
@@ -32,8 +32,8 @@ class Recorder(Channel):
         self.ends = 0
         super().__init__(header, self._on_lost)
 
-    def frame_received(self, header: tuple[Any, ...], data: bytes, start: int, end: int) -> None:
-        self.received.append((header[1], data[start:end]))
+    def frame_received(self, header: tuple[Any, ...], data: memoryview, start: int, end: int) -> None:
+        self.received.append((header[1], bytes(data[start:end])))
 
     def _on_lost(self) -> None:
         self.ends += 1
@@ -86,7 +86,7 @@ async def test_frames_survive_any_cutting_of_the_stream(payloads: list[bytes], c
     channel = Recorder()
     stream = b"".join(HEADER.pack(len(payload), number) + payload for number, payload in enumerate(payloads))
     for start, end in pairwise(sorted({0, len(stream), *(cut for cut in cuts if cut < len(stream))})):
-        channel.data_received(stream[start:end])
+        deliver(channel, stream[start:end])
     assert channel.received == list(enumerate(payloads))
 
 
@@ -96,9 +96,9 @@ async def test_a_frame_that_comes_byte_by_byte_is_handled_when_it_is_complete() 
     frame = HEADER.pack(3, 7) + b"abc"
     for position in range(len(frame)):
         assert channel.received == []
-        channel.data_received(frame[position : position + 1])
+        deliver(channel, frame[position : position + 1])
     assert channel.received == [(7, b"abc")]
-    channel.data_received(HEADER.pack(0, 8))
+    deliver(channel, HEADER.pack(0, 8))
     assert channel.received == [(7, b"abc"), (8, b"")]
 
 
@@ -110,7 +110,7 @@ async def test_large_frames_are_put_together_from_socket_sized_pieces(header: St
     tail = (0,) * (7 if header is wire.REPLY else 4)
     stream = header.pack(len(payload), 5, *tail) + payload + header.pack(0, 6, *tail)
     for start in range(0, len(stream), 65_536):
-        channel.data_received(stream[start : start + 65_536])
+        deliver(channel, stream[start : start + 65_536])
     assert channel.received == [(5, payload), (6, b"")]
 
 

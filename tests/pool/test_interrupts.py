@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lanes import FakeTransport, Line, both_ends
+from lanes import FakeTransport, Line, both_ends, deliver
 from modelcache.pool import wire
 from modelcache.pool.requests import RequestChannel
 
@@ -30,7 +30,7 @@ async def test_a_call_cancelled_by_a_signal_while_it_is_answered() -> None:
         number, future = channel.predict(Line(3), rows, 0, 0.0)
         calls.append(future)
         answers += wire.REPLY.pack(4, wire.RESULT, 1, 0, number, 1, 0, 0, 0.1) + np.float32(7).tobytes()
-    channel.data_received(answers)
+    deliver(channel, answers)
     assert calls[0].cancelled()
     assert (await calls[1])[0].tolist() == [7.0]
     transport.close()

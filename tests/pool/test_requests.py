@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from conftest import settle
-from lanes import FakeTransport, Line, both_ends
+from lanes import FakeTransport, Line, both_ends, deliver
 from modelcache import InvalidInputError
 from modelcache.pool import wire
 from modelcache.pool.lost import Epitaph, WorkerLostError
@@ -84,7 +84,7 @@ async def test_answers_reach_their_callers_in_any_order(lane: Lane) -> None:
     """Calls are told apart by number, not by their place in the line."""
     calls = [lane.predict() for _ in range(3)]
     for number, _ in reversed(calls):
-        lane.channel.data_received(lane.answer(number, np.full(2, number)))
+        deliver(lane.channel, lane.answer(number, np.full(2, number)))
     for number, future in calls:
         values, seconds = await future
         assert values.tolist() == [number, number]
@@ -96,7 +96,7 @@ async def test_answers_keep_their_shape(lane: Lane, shape: tuple[int, ...]) -> N
     """Values, classes and contributions of many classes come back as the model gave them."""
     expected = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
     number, future = lane.predict()
-    lane.channel.data_received(lane.answer(number, expected))
+    deliver(lane.channel, lane.answer(number, expected))
     values, _ = await future
     assert values.shape == shape
     assert np.array_equal(values, expected)
@@ -105,7 +105,7 @@ async def test_answers_keep_their_shape(lane: Lane, shape: tuple[int, ...]) -> N
 async def test_answers_of_one_read_share_no_memory(lane: Lane) -> None:
     """A caller may write into its answer, and holds nobody else's."""
     calls = [lane.predict() for _ in range(2)]
-    lane.channel.data_received(b"".join(lane.answer(number, np.zeros(2)) for number, _ in calls))
+    deliver(lane.channel, b"".join(lane.answer(number, np.zeros(2)) for number, _ in calls))
     first, second = [(await future)[0] for _, future in calls]
     first += 1
     assert second.tolist() == [0, 0]
@@ -115,7 +115,7 @@ async def test_answers_of_one_read_share_no_memory(lane: Lane) -> None:
 async def test_a_refusal_is_raised_with_the_models_own_words(lane: Lane) -> None:
     """What the predictor said is what the caller reads."""
     number, future = lane.predict()
-    lane.channel.data_received(lane.refusal(number, "gblinear has no leaves"))
+    deliver(lane.channel, lane.refusal(number, "gblinear has no leaves"))
     with pytest.raises(InvalidInputError, match="gblinear has no leaves"):
         await future
 
@@ -125,7 +125,7 @@ async def test_a_cancelled_call_is_cancelled_at_the_worker_and_its_late_answer_d
     number, future = lane.predict()
     lane.channel.cancel(number)
     lane.channel.cancel(number)
-    lane.channel.data_received(lane.answer(number, np.zeros(2)))
+    deliver(lane.channel, lane.answer(number, np.zeros(2)))
     await settle(2)
     assert lane.kinds() == [(wire.PREDICT, number), (wire.CANCEL, number)]
     assert not future.done()
@@ -137,21 +137,21 @@ async def test_an_answer_to_a_future_that_was_cancelled_in_the_same_tick_is_drop
     """The answer overtakes the cancellation that has not reached the lane yet."""
     number, future = lane.predict()
     future.cancel()
-    lane.channel.data_received(lane.answer(number, np.zeros(2)))
+    deliver(lane.channel, lane.answer(number, np.zeros(2)))
     assert not lane.channel.pending
 
 
 async def test_an_answer_that_nobody_asked_for_is_ignored(lane: Lane) -> None:
     """A stray number breaks nothing for the calls in flight."""
     number, future = lane.predict()
-    lane.channel.data_received(lane.answer(99, np.zeros(2)) + lane.answer(number, np.ones(2)))
+    deliver(lane.channel, lane.answer(99, np.zeros(2)) + lane.answer(number, np.ones(2)))
     assert (await future)[0].tolist() == [1, 1]
 
 
 async def test_each_answer_is_observed(lane: Lane) -> None:
     """The latency of answered calls, and only of those, is counted."""
     calls = [lane.predict() for _ in range(3)]
-    lane.channel.data_received(lane.answer(calls[0][0], np.zeros(2)) + lane.refusal(calls[1][0], "no"))
+    deliver(lane.channel, lane.answer(calls[0][0], np.zeros(2)) + lane.refusal(calls[1][0], "no"))
     assert len(lane.observed) == 1
     assert lane.channel.last_latency == lane.observed[0] >= 0
     with pytest.raises(InvalidInputError):
@@ -170,7 +170,7 @@ async def test_callers_woken_by_one_read_send_their_next_calls_in_one_write(lane
 
     tasks = [asyncio.create_task(call_again(future)) for _, future in calls]
     await settle(2)
-    lane.channel.data_received(b"".join(lane.answer(number, np.zeros(2)) for number, _ in calls))
+    deliver(lane.channel, b"".join(lane.answer(number, np.zeros(2)) for number, _ in calls))
     await asyncio.gather(*tasks)
     await settle(2)
     assert len(lane.transport.writes) == writes + 1
@@ -180,7 +180,7 @@ async def test_a_lone_callers_next_call_is_written_at_once(lane: Lane) -> None:
     """One caller at a time never waits for the end of a tick."""
     number, future = lane.predict()
     await settle(2)
-    lane.channel.data_received(lane.answer(number, np.zeros(2)))
+    deliver(lane.channel, lane.answer(number, np.zeros(2)))
     await future
     lane.predict()
     assert len(lane.transport.writes) == 2
@@ -192,7 +192,7 @@ async def test_the_oldest_call_tells_how_long_the_worker_has_been_silent(lane: L
     calls = [lane.predict() for _ in range(3)]
     ages = [lane.channel.pending[number].sent for number, _ in calls]
     assert lane.channel.oldest() == ages[0]
-    lane.channel.data_received(lane.answer(calls[0][0], np.zeros(2)))
+    deliver(lane.channel, lane.answer(calls[0][0], np.zeros(2)))
     assert lane.channel.oldest() == ages[1]
     lane.channel.cancel(calls[1][0])
     assert lane.channel.oldest() == ages[2]
@@ -209,18 +209,18 @@ async def test_the_wait_to_expect_is_who_waits_by_the_rate_of_answers(lane: Lane
     """P6, Little's law: 100 calls wait, 50 were answered in 0.2 s: a call sent now has its answer in 101 / 250 s."""
     calls = [lane.predict() for _ in range(150)]
     clock.advance(0.2)
-    lane.channel.data_received(b"".join(lane.answer(number, np.zeros(2)) for number, _ in calls[:50]))
+    deliver(lane.channel, b"".join(lane.answer(number, np.zeros(2)) for number, _ in calls[:50]))
     assert lane.channel.expected_wait() == pytest.approx(101 / 250)
 
 
 async def test_time_without_work_does_not_count(lane: Lane, clock: FakeClock) -> None:
     """P6: the rate is that since the worker had nothing to do, however long that was."""
     number, _ = lane.predict()
-    lane.channel.data_received(lane.answer(number, np.zeros(2)))
+    deliver(lane.channel, lane.answer(number, np.zeros(2)))
     clock.advance(1000)
     calls = [lane.predict() for _ in range(20)]
     clock.advance(0.1)
-    lane.channel.data_received(b"".join(lane.answer(number, np.zeros(2)) for number, _ in calls[:10]))
+    deliver(lane.channel, b"".join(lane.answer(number, np.zeros(2)) for number, _ in calls[:10]))
     assert lane.channel.expected_wait() == pytest.approx(11 * 0.1 / 10)
 
 
@@ -230,7 +230,7 @@ async def test_the_rate_of_answers_is_a_recent_one(lane: Lane, clock: FakeClock)
     numbers = iter([number for number, _ in calls])
     for count in [100] * 10 + [10] * 50:  # in steps of 0.1 s
         clock.advance(0.1)
-        lane.channel.data_received(b"".join(lane.answer(next(numbers), np.zeros(2)) for _ in range(count)))
+        deliver(lane.channel, b"".join(lane.answer(next(numbers), np.zeros(2)) for _ in range(count)))
         lane.channel.expected_wait()
     for number in tuple(lane.channel.pending):  # so that the age of the oldest is not what counts
         lane.channel.cancel(number)
@@ -245,7 +245,7 @@ async def test_before_the_first_answer_the_oldest_calls_age_is_what_there_is(lan
     calls = [lane.predict() for _ in range(3)]
     clock.advance(3)
     assert lane.channel.expected_wait() == 3
-    lane.channel.data_received(lane.answer(calls[2][0], np.zeros(2)))
+    deliver(lane.channel, lane.answer(calls[2][0], np.zeros(2)))
     clock.advance(4)
     lane.channel.cancel(calls[1][0])
     assert lane.channel.expected_wait() == 14
@@ -260,7 +260,7 @@ async def test_a_ping_is_answered_like_a_call(lane: Lane) -> None:
     ping = lane.channel.ping()
     ((kind, number),) = lane.kinds()
     assert kind == wire.PING
-    lane.channel.data_received(wire.REPLY.pack(0, wire.PONG, 0, 0, number, 0, 0, 0, 0.0))
+    deliver(lane.channel, wire.REPLY.pack(0, wire.PONG, 0, 0, number, 0, 0, 0, 0.0))
     await ping
     assert lane.observed == []
 
@@ -272,7 +272,7 @@ async def test_a_ping_takes_nobodys_place_in_the_queue(lane: Lane) -> None:
     assert lane.channel.waiting == 1
     await settle(2)
     _, number = lane.kinds()[-1]
-    lane.channel.data_received(wire.REPLY.pack(0, wire.PONG, 0, 0, number, 0, 0, 0, 0.0))
+    deliver(lane.channel, wire.REPLY.pack(0, wire.PONG, 0, 0, number, 0, 0, 0, 0.0))
     await ping
     assert lane.channel.waiting == 1
 
@@ -331,7 +331,7 @@ async def test_many_rows_travel_in_a_slot_and_their_answer_too(lane: Lane) -> No
     assert np.array_equal(lane.arena.at(slot, MANY.shape), MANY)
     assert len(lane.slots.free) == SLOTS - 1
     lane.arena.at(slot, (4000,))[:] = np.arange(4000)
-    lane.channel.data_received(report(wire.SHARED, number, slot, 4000))
+    deliver(lane.channel, report(wire.SHARED, number, slot, 4000))
     assert len(lane.slots.free) == SLOTS
     lane.arena.at(slot, (4000,))[:] = 0
     values, seconds = await future
@@ -372,14 +372,14 @@ async def test_a_slot_of_a_cancelled_call_is_the_workers_until_it_says_so(lane: 
         lane.channel.cancel(number)
         await settle(2)
         assert slot not in lane.slots.free
-        lane.channel.data_received(report(kind, number, slot, 4000))
+        deliver(lane.channel, report(kind, number, slot, 4000))
         assert len(lane.slots.free) == SLOTS
 
 
 async def test_a_slot_of_an_expired_call_leaves_it_to_its_timer(lane: Lane) -> None:
     """The worker's clock may be ahead of the caller's timer, which alone says that the call has timed out."""
     number, future = lane.predict(MANY)
-    lane.channel.data_received(report(wire.SKIPPED, number, slots_of(lane)[0]))
+    deliver(lane.channel, report(wire.SKIPPED, number, slots_of(lane)[0]))
     assert len(lane.slots.free) == SLOTS
     assert not future.done()
     assert number in lane.channel.pending
@@ -391,8 +391,8 @@ async def test_a_slot_comes_back_with_an_answer_that_did_not_fit_and_with_a_refu
     await settle(2)
     one, two = (slot for slot in range(1, SLOTS + 1) if slot not in lane.slots.free)
     values = np.ones((4000, 7), np.float32)
-    lane.channel.data_received(report(wire.RESULT, first, one, 4000, 7, payload=values.tobytes()))
-    lane.channel.data_received(report(wire.ERROR, second, two, payload=b"no"))
+    deliver(lane.channel, report(wire.RESULT, first, one, 4000, 7, payload=values.tobytes()))
+    deliver(lane.channel, report(wire.ERROR, second, two, payload=b"no"))
     assert np.array_equal((await wide)[0], values)
     with pytest.raises(InvalidInputError, match="no"):
         await refused
