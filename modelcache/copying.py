@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from modelcache.residency import Residency, Resident
 
 _LONG = 8
-"""Calls for one model that wait for a worker when its line is called long."""
+"""Calls that wait for a worker when its line is called long."""
 _BUSY, _FREE = 0.8, 0.5
-"""Share of the time that a worker computes for, from which it is what the calls wait for; and up to which another can
-do some of its work."""
+"""Share of the time for which a worker has calls to answer, from which it is what they wait for; and up to which
+another can do some of its work."""
 _TOLERANCE = 1.25
 """How much longer than the average a line may be."""
 
@@ -39,25 +39,24 @@ class Copier:
         self._state = state
         self._loader = loader
         self._pool = pool
-        self._long: set[Entry[Resident]] = set()
+        self._crowded: set[Worker] = set()
         """Those whose line was long at the last look."""
 
     def look(self) -> None:
         """Take one look; a line that is long at two of them in a row has stayed so."""
-        found = {entry for worker in self._pool.workers if (entry := self._bottleneck(worker)) is not None}
-        for entry in found & self._long:
-            worker = pick_worker(self._pool, entry)
-            if worker is not None and worker.busy <= _FREE and not self._is_under_way(entry):
+        crowded = {worker for worker in self._pool.up() if worker.busy >= _BUSY and worker.line >= _LONG}
+        for worker in crowded & self._crowded:
+            entry = self._most_wanted(worker)
+            target = pick_worker(self._pool, entry) if entry is not None else None
+            if entry is not None and target is not None and target.busy <= _FREE and not self._is_under_way(entry):
                 self._loader.copy(entry)
-        self._long = found
+        self._crowded = crowded
 
-    def _bottleneck(self, worker: Worker) -> Entry[Resident] | None:
-        """Return the model that most calls wait for, if they wait because the worker computes."""
-        if worker.busy < _BUSY or worker.requests.waiting < _LONG:
-            return None
+    def _most_wanted(self, worker: Worker) -> Entry[Resident] | None:
+        """Return the model that half of the calls wait for, or more, if there is one."""
         waited_for = [worker.held[number] for number in worker.requests.models_waiting() & worker.held.keys()]
         entry: Entry[Resident] | None = max(waited_for, key=_line, default=None)
-        if entry is None or _line(entry) < _LONG:
+        if entry is None or 2 * _line(entry) < worker.requests.waiting:
             return None
         original = entry.original or entry
         return original if original.state is State.READY else None

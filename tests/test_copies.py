@@ -41,7 +41,7 @@ def worker_of(registry: ModelRegistry, name: str) -> Worker:
 def look(registry: ModelRegistry, *busy: Worker, times: int = 2) -> None:
     """Let the registry look ``times`` in a row, while only ``busy`` workers compute."""
     for worker in registry._pool.workers:
-        worker.busy = float(worker in busy)
+        worker.busy, worker.line = float(worker in busy), float(WAITING)
     for _ in range(times):
         registry._copier.look()
 

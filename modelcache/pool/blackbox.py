@@ -1,11 +1,12 @@
-"""The black box of a worker: what its parser is at, in memory that is still there when the worker has crashed.
+"""The black box of a worker: what its threads are at, in memory that is still there when the worker has crashed.
 
-The worker stores a number where its parent can read it. A frame that said the same would cost each load a system call,
-and a wake-up of the parent. Shared by both sides, so it imports little.
+The worker stores numbers where its parent can read them. A frame that said the same would cost a system call, and a
+wake-up of the parent. Shared by both sides, so it imports little.
 """
 
 from __future__ import annotations
 
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from modelcache.pool.shared import BOX_OFFSET
@@ -13,13 +14,16 @@ from modelcache.pool.shared import BOX_OFFSET
 if TYPE_CHECKING:
     import mmap
 
+_TOTAL, _SINCE = range(2)
+
 
 class BlackBox:
     """One end of it, at the end of ``memory``."""
 
     def __init__(self, memory: mmap.mmap) -> None:
-        # One number of 32 bits: as such it is stored at once, so that nobody reads half of one.
-        self._number = memoryview(memory)[BOX_OFFSET:].cast("I")
+        # Numbers of 32 and 64 bits: as such they are stored at once, so that nobody reads half of one.
+        self._number = memoryview(memory)[BOX_OFFSET : BOX_OFFSET + 4].cast("I")
+        self._rest = memoryview(memory)[BOX_OFFSET + 8 : BOX_OFFSET + 24].cast("d")
         self._last: int | None = None
 
     @property
@@ -31,8 +35,23 @@ class BlackBox:
     def parsing(self, model: int) -> None:
         self._number[0] = model
 
+    def rest(self) -> None:
+        """The main thread has no call to answer."""
+        self._rest[_SINCE] = monotonic()
+
+    def wake(self) -> None:
+        """The main thread has one again."""
+        since, self._rest[_SINCE] = self._rest[_SINCE], 0.0
+        self._rest[_TOTAL] += monotonic() - since
+
+    def rested(self, now: float) -> float:
+        """Return for how many seconds the main thread has had no call to answer, until ``now``, which is monotonic."""
+        total, since = self._rest
+        return total + now - since if since else total
+
     def close(self) -> None:
-        """Keep the number, and let go of the memory; harmless when done twice."""
+        """Keep the parser's number, and let go of the memory; harmless when done twice."""
         if self._last is None:
             self._last = self._number[0]
             self._number.release()
+            self._rest.release()

@@ -65,8 +65,11 @@ class Worker:
         self._pinged = 0.0
         self._cpu_seconds = 0.0
         self._checked = monotonic()
+        self._rested = self._waited = 0.0
         self.busy = 0.0
-        """Share of the time between the last two checks that it computed for."""
+        """Share of the time between the last two checks for which it had a call to answer."""
+        self.line = 0.0
+        """How many calls waited for it on average, between the last two checks."""
 
     async def start(self, threads: int, predictor: str) -> None:
         """Start the process and wait until it is up; on an error nothing of it is left."""
@@ -159,8 +162,7 @@ class Worker:
         if self.process.artifacts.loading or (oldest is not None and now - oldest > patience / 2):
             self.suspect()
         used, self._cpu_seconds = self._cpu_seconds, self.process.cpu_seconds()
-        self.busy = (self._cpu_seconds - used) / max(now - self._checked, _SHORTEST_PERIOD)
-        self._checked = now
+        self._look_back(now)
         if self._cpu_seconds - used > _COMPUTES * patience:
             patience *= _PATIENCE_WITH_BUSY
         silent = self._ping is not None and now - self._pinged > patience
@@ -168,6 +170,14 @@ class Worker:
         if silent or (now - unload > patience and not self.process.artifacts.parsing()):
             logger.warning("worker process %d does not answer and is killed", self.pid)
             self.process.kill("it gave no sign of life" if silent else "it did not free a model when told to")
+
+    def _look_back(self, now: float) -> None:
+        """Take note of what has been since the last look; the length of the line is that of Little's law."""
+        period, self._checked = max(now - self._checked, _SHORTEST_PERIOD), now
+        rested, waited = self._lanes.box.rested(now), self.latency.sum
+        self.busy = 1 - (rested - self._rested) / period
+        self.line = (waited - self._waited) / period
+        self._rested, self._waited = rested, waited
 
     def close(self) -> None:
         """Close both lanes: the worker takes it as the order to leave."""

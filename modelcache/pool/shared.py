@@ -22,7 +22,7 @@ SLOTS = 12
 """More than two are lent at a time only where several callers have large batches."""
 
 BOX_OFFSET = SLOTS * SLOT_BYTES
-_BOX_BYTES = 4
+_BOX_BYTES = 24
 
 Matrix = NDArray[np.float32]
 

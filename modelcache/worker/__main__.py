@@ -74,10 +74,11 @@ def main(requests: int, artifacts: int, shared: int, threads: int, predictor: st
     models: Models = {}
     memory = map_memory(shared)
     os.close(shared)
-    lane = ArtifactLane(socket.socket(fileno=artifacts), models, heap=Heap(), box=BlackBox(memory), threads=threads)
+    box = BlackBox(memory)
+    lane = ArtifactLane(socket.socket(fileno=artifacts), models, heap=Heap(), box=box, threads=threads)
     load_forever = partial(lane.run, lambda: resolve(predictor))
     threading.Thread(target=_until_parent_leaves, args=(load_forever,), daemon=True).start()
-    _until_parent_leaves(RequestLane(socket.socket(fileno=requests), models, Arena(memory)).run)
+    _until_parent_leaves(RequestLane(socket.socket(fileno=requests), models, Arena(memory), box).run)
 
 
 def _until_parent_leaves(serve: Callable[[], None]) -> NoReturn:

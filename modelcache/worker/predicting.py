@@ -20,6 +20,7 @@ from modelcache.worker.predictors import PredictorFaultError, StagedRows, descri
 if TYPE_CHECKING:
     import socket
 
+    from modelcache.pool.blackbox import BlackBox
     from modelcache.pool.shared import Arena
     from modelcache.worker.models import LoadedModel, Models
     from modelcache.worker.predictors import Matrix
@@ -63,14 +64,15 @@ class _GroupKey(NamedTuple):
 class RequestLane:
     """Serve predictions from ``sock`` with ``models`` until the parent closes the other end.
 
-    Rows that did not come with their frame are in ``arena``.
+    Rows that did not come with their frame are in ``arena``; ``box`` tells the parent when there is nothing to do.
     """
 
-    def __init__(self, sock: socket.socket, models: Models, arena: Arena) -> None:
+    def __init__(self, sock: socket.socket, models: Models, arena: Arena, box: BlackBox) -> None:
         self._inbox = Inbox(sock, wire.REQUEST)
         self._sock = sock
         self._models = models
         self._arena = arena
+        self._box = box
         self._staging = _Staging(wire.PAYLOAD_LIMIT // 4)
         self._groups: dict[_GroupKey, list[_Call]] = {}
         self._cancelled: set[int] = set()
@@ -80,7 +82,7 @@ class RequestLane:
 
     def run(self) -> None:
         """Serve until end of file."""
-        while self._inbox.fill(wait=not self._groups):
+        while self._receive():
             for header, payload in self._inbox.frames():
                 self._take(header, payload)
             if self._groups:
@@ -90,6 +92,14 @@ class RequestLane:
                 self._flush()
             elif monotonic() - self._flushed > _ANSWERS_HELD:
                 self._flush()
+
+    def _receive(self) -> bool:
+        if self._groups:
+            return self._inbox.fill(wait=False)
+        self._box.rest()
+        received = self._inbox.fill(wait=True)
+        self._box.wake()
+        return received
 
     def _take(self, header: tuple[int, ...], payload: memoryview) -> None:
         _, kind, output, slot, number, model, rows, columns, deadline = header

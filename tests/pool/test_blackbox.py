@@ -12,6 +12,7 @@ import zoo
 from modelcache import MemoryStore
 from modelcache.pool.blackbox import BlackBox
 from modelcache.pool.shared import map_memory, shared_memory
+from modelcache.testing import FakeClock
 
 if TYPE_CHECKING:
     from conftest import MakeRegistry
@@ -40,6 +41,26 @@ def test_both_ends_have_the_same_number() -> None:
     parent.close()
     parent.close()
     assert parent.parsing == 7
+
+
+def test_the_parent_sees_how_long_its_worker_had_nothing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while it has nothing to do, and has not had for as long as it is there."""
+    clock = FakeClock(100.0)
+    monkeypatch.setattr("modelcache.pool.blackbox.monotonic", clock)
+    memory = shared_memory()
+    parent, worker = BlackBox(map_memory(memory)), BlackBox(map_memory(memory))
+    os.close(memory)
+    assert parent.rested(100.0) == 0
+    worker.rest()
+    assert parent.rested(103.0) == 3
+    clock.advance(5)
+    worker.wake()
+    assert parent.rested(200.0) == 5
+    clock.advance(1)
+    worker.rest()
+    clock.advance(2)
+    worker.wake()
+    assert parent.rested(200.0) == 7
 
 
 @pytest.mark.usefixtures("kind")

@@ -19,7 +19,7 @@ import pytest
 
 import odd
 import zoo
-from lanes import both_ends
+from lanes import workers_end
 from lone_worker import PATIENCE, LoneWorker, ask, bare, read_reply
 from modelcache.pool import wire
 from modelcache.pool.pool import XGBOOST
@@ -158,7 +158,7 @@ class Served:
         with ours, theirs:
             ours.settimeout(PATIENCE)
             ours.sendall(b"".join(frames))
-            lane = Thread(target=RequestLane(theirs, self.models, both_ends()[1]).run)
+            lane = Thread(target=RequestLane(theirs, self.models, *workers_end()).run)
             lane.start()
             order = [read_reply(ours).number for _ in frames]
             ours.shutdown(socket.SHUT_WR)
@@ -208,7 +208,7 @@ def test_each_call_of_a_batch_is_told_its_share_of_the_time(served: Served) -> N
     with ours, theirs:
         ours.settimeout(PATIENCE)
         ours.sendall(ask(1, 1, [[0, 1]]) + ask(2, 1, [[0, 2], [0, 3], [0, 4]]))
-        lane = Thread(target=RequestLane(theirs, served.models, both_ends()[1]).run)
+        lane = Thread(target=RequestLane(theirs, served.models, *workers_end()).run)
         lane.start()
         seconds = {}
         for _ in range(2):
