@@ -228,7 +228,7 @@ async def _spawn(lanes: Lanes, threads: int, predictor: str) -> Process:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=writing,
-                start_new_session=True,  # Ctrl-C in a terminal reaches the parent alone
+                **_apart(loop),
             )
         except BaseException:
             words.close()
@@ -266,6 +266,15 @@ async def _execute(
         starting.add_done_callback(_end_process)
         raise
     return starting.result()[0]
+
+
+def _apart(loop: asyncio.AbstractEventLoop) -> dict[str, Any]:
+    """Return what lets Ctrl-C in a terminal reach the parent alone.
+
+    A process group is enough. Sessions share the processor like users do where the kernel has autogroups, whatever the
+    priority of a thread in them; but uvloop knows of nothing else.
+    """
+    return {"process_group": 0} if isinstance(loop, asyncio.BaseEventLoop) else {"start_new_session": True}
 
 
 def _end_process(started: asyncio.Task[tuple[asyncio.SubprocessTransport, _Listener]]) -> None:

@@ -304,7 +304,7 @@ def test_workers_end_with_their_parent(
 def test_ctrl_c_in_a_terminal_reaches_the_parent_alone(script: Callable[[str], list[str]]) -> None:
     """Rule P5: the app decides what Ctrl-C means, with workers that go on serving.
 
-    They are in a session of their own, so that no key of the terminal reaches them, not even while they start.
+    They are in process groups of their own, so that no key of the terminal reaches them, not even while they start.
     """
     command = script("""
         async def main():
@@ -312,7 +312,7 @@ def test_ctrl_c_in_a_terminal_reaches_the_parent_alone(script: Callable[[str], l
             asyncio.get_running_loop().add_signal_handler(signal.SIGINT, pressed.set)
             async with make() as registry:
                 await registry.load("odd")
-                assert os.getsid(0) not in map(os.getsid, pids())
+                assert os.getpgid(0) not in map(os.getpgid, pids())
                 tell(pids=pids())
                 await pressed.wait()
                 answer = (await registry.predict("odd", [0, 21])).tolist()

@@ -10,6 +10,7 @@ import resource
 import signal
 import socket
 import sys
+from pathlib import Path
 from threading import Thread
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Self
@@ -29,7 +30,6 @@ from modelcache.worker.predicting import RequestLane
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 HEAVY = {"asyncio", "aiofiles", "anyio", "cachetools", "multiprocessing", "pandas", "scipy", "ssl", "xgboost"}
 
@@ -790,3 +790,13 @@ def test_a_worker_holds_no_descriptor_but_its_lanes(odd_worker: LoneWorker) -> N
     box = {name for name in descriptors if "memfd:modelcache" in name}
     assert len(box) == 1
     assert {name.split()[0] for name in descriptors - sockets - box} == {"0", "1", "2"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads have no priority of their own")
+def test_the_loader_gives_way_to_calls(xgboost_worker: LoneWorker) -> None:
+    """The thread that answers calls keeps the priority of the app, the other has less."""
+    pid, ours = xgboost_worker.process.pid, os.getpriority(os.PRIO_PROCESS, 0)
+    threads = {int(entry.name) for entry in Path(f"/proc/{pid}/task").iterdir()}
+    loaders = {thread for thread in threads if os.getpriority(os.PRIO_PROCESS, thread) > ours}
+    assert pid not in loaders
+    assert len(loaders) == 1
