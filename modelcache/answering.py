@@ -71,7 +71,7 @@ class Answering:
         if call.unread is not None:
             await call.read()
         for _ in range(2):
-            entry = self._leasing.take_resident(name) or await self._take_cold(name, call, trace)
+            entry = self._leasing.take_resident(name, call) or await self._take_cold(name, call, trace)
             if trace is not None:
                 trace.entry, trace.asked = entry, time.perf_counter()
             try:
@@ -91,6 +91,7 @@ class Answering:
                     self._engines.saw(entry, call)
                 return answer
             finally:
+                call.note_hit(entry)
                 self._leasing.release(entry)
         raise _crashed_twice(name, call.lost)
 

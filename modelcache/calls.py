@@ -33,6 +33,8 @@ from modelcache.pool.wire import OUTPUTS
 from modelcache.records import Timings
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
     from modelcache.cache.entry import Entry
@@ -66,7 +68,8 @@ class Call:
     """Rows on their way, and what became of them so far."""
 
     __slots__ = (
-        "answered_by", "columns", "deadline", "large", "lost", "matrix", "output", "queue_limit", "unread", "values",
+        "answered_by", "columns", "deadline", "hit", "large", "lost", "matrix", "output", "queue_limit", "unread",
+        "values",
     )  # fmt: skip
 
     def __init__(self, rows: Any, output: Output, timeout: float | None, queue_limit: int) -> None:
@@ -95,6 +98,14 @@ class Call:
         """The end of the last worker that was asked."""
         self.answered_by: Entry[Resident] | None = None
         """The model that has predicted for it as it was loaded."""
+        self.hit: Callable[[Entry[Resident]], None] | None = None
+        """What is to be told that it has found its model resident, once its rows are on their way."""
+
+    def note_hit(self, entry: Entry[Resident]) -> None:
+        """Count the hit, if it is one and has not been counted: while the worker is busy, that costs no time."""
+        hit, self.hit = self.hit, None
+        if hit is not None:
+            hit(entry.original or entry)
 
     async def read(self) -> None:
         """Convert what the event loop should not, in a thread, within the call's deadline."""
@@ -180,6 +191,7 @@ async def ask(entry: Entry[Resident], call: Call) -> Matrix:
         await _writable(entry, call.deadline)
     number, answer = requests.predict(place, matrix, call.output, call.deadline)
     timer = _set_timer(entry, number, answer, call.deadline) if call.deadline else None
+    call.note_hit(entry)
     try:
         values, seconds = await answer
     except BaseException as error:

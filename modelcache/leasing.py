@@ -40,8 +40,11 @@ class Leasing:
         self._quiet: asyncio.Future[None] | None = None
         """Resolved when the last lease ends, while the registry closes."""
 
-    def take_resident(self, name: str) -> Entry[Resident] | None:
-        """Lease ``name`` if it is resident: the whole way of a warm call, without an await."""
+    def take_resident(self, name: str, call: Call | None = None) -> Entry[Resident] | None:
+        """Lease ``name`` if it is resident: so a warm call begins, without an await.
+
+        The hit is counted; by ``call``, if it is given, when its rows are on their way.
+        """
         if asyncio.get_running_loop() is not self._life.loop:
             return None  # not started, closed, or another loop: the cold path finds out which
         ledger = self._state.ledger
@@ -51,7 +54,10 @@ class Leasing:
             return None  # no text, and not even hashable: the cold path says so
         if entry is not None:
             ledger.lease(entry)
-            self.count_hit(entry)
+            if call is None:
+                self.count_hit(entry)
+            else:
+                call.hit = self.count_hit
         return entry
 
     def count_hit(self, entry: Entry[Resident]) -> None:

@@ -696,7 +696,7 @@ def test_a_worker_ignores_ctrl_c(odd_worker: LoneWorker) -> None:
 def test_a_fault_of_the_worker_itself_ends_it_with_a_traceback(odd_worker: LoneWorker) -> None:
     """A thread that died in silence would leave its callers waiting for ever."""
     odd_worker.artifacts.sendall(wire.ARTIFACT.pack(0, wire.GRANT, 0, 0, 1, 0))  # of no artifact: ignored
-    odd_worker.requests.sendall(wire.REQUEST.pack(0, wire.PREDICT, 250, 0, 1, 1, 0, 0, 0.0))  # columns: 0
+    odd_worker.requests.sendall(2 * wire.REQUEST.pack(0, wire.PREDICT, 250, 0, 1, 1, 0, 0, 0.0))  # columns: 0
     assert odd_worker.process.wait(PATIENCE) == 70
     assert "ZeroDivisionError" in odd_worker.close()
 
