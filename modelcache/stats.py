@@ -13,6 +13,7 @@ _LOWEST, _HIGHEST = -24, 16
 """Powers of two that are told apart: 60 nanoseconds to 18 hours, when values are seconds.
 
 What is smaller counts as the minimum (mostly 0), what is larger as the maximum."""
+_BUCKETS = _SUB * (_HIGHEST - _LOWEST + 1) + 1
 
 
 class Histogram:
@@ -28,7 +29,7 @@ class Histogram:
         self.count = 0
         self.sum = 0.0
         self.min, self.max = inf, 0.0
-        self._buckets = [0] * (_SUB * (_HIGHEST - _LOWEST + 1) + 1)
+        self._buckets = [0] * _BUCKETS
 
     def record(self, value: float) -> None:
         """Count one value."""
@@ -40,7 +41,9 @@ class Histogram:
             self.max = value
         mantissa, exponent = frexp(value)
         bucket = int((exponent - _LOWEST + 2 * mantissa - 1) * _SUB) if value else 0
-        self._buckets[min(max(bucket, 0), len(self._buckets) - 1)] += 1
+        if not 0 <= bucket < _BUCKETS:
+            bucket = 0 if bucket < 0 else _BUCKETS - 1
+        self._buckets[bucket] += 1
 
     def percentile(self, percent: float) -> float:
         """Return the value that ``percent`` of the values do not exceed; 0.0 without any."""

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 Matrix = NDArray[np.float32]
 
+_FLOAT32 = np.dtype(np.float32)
+
 
 class Predictor(Protocol):
     """A loaded model. Loaded in the loader thread, used by the main thread, closed when no call needs it."""
@@ -242,7 +244,7 @@ class _Results:
     def taken(self) -> Matrix:
         """Return a copy of the last prediction: the library's own is overwritten by the next."""
         shape = self._shape[: self._dimensions.value]
-        return np.frombuffer(ctypes.string_at(self._values, 4 * prod(shape)), np.float32).reshape(shape)
+        return np.frombuffer(ctypes.string_at(self._values, 4 * prod(shape)), _FLOAT32).reshape(shape)
 
     def __del__(self) -> None:
         _library().XGDMatrixFree(self.proxy)
