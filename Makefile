@@ -33,6 +33,7 @@ fuzz: $(VENV)/.test
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/latency.py
+	$(BIN)/python benchmarks/budget.py
 	$(BIN)/python benchmarks/throughput.py
 	$(BIN)/python benchmarks/cold.py
 	$(BIN)/python benchmarks/batch.py
