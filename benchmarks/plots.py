@@ -286,3 +286,24 @@ def _line(panel: Axes, results: dict[str, Any], case: str, quantity: str, key: s
     panel.set_xscale("log")
     panel.set_xticks(models, [f"{count:,}" for count in models])
     panel.xaxis.set_minor_locator(NullLocator())
+
+
+def plot_engines(results: dict[str, Any], path: Path) -> None:
+    """Draw the lone call with each engine, by the size of the model, and the echo as a line."""
+    figure, panel = plt.subplots(figsize=(9, 3.6), layout="constrained")
+    cases = results["cases"]
+    for offset, (key, label, colour) in zip(
+        (0.2, -0.2), (("p50_xgboost", "XGBoost", OTHERS), ("p50_auto", 'engine="auto"', OURS)), strict=True
+    ):
+        places = [place + offset for place in range(len(cases))]
+        panel.barh(places, [1e6 * case[key]["median"] for case in cases], 0.36, color=colour, label=label)
+        for place, case in zip(places, cases, strict=True):
+            panel.hlines(place, 1e6 * case[key]["min"], 1e6 * case[key]["max"], color="black", linewidth=1.2)
+    panel.axvline(1e6 * cases[0]["p50_echo"]["median"], color="grey", linestyle=":", label="echo")
+    panel.set_yticks(range(len(cases)), [f"{case['trees']} trees" for case in cases])
+    panel.set_xscale("log")
+    panel.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    panel.legend(frameon=False)
+    _entitle(panel, "One row, 1 client: p50 in µs", "log; shorter is better")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

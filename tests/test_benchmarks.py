@@ -88,3 +88,6 @@ def test_the_engines_are_compared_on_equal_answers(tmp_path: Path) -> None:
     assert case["correct"] is True
     assert case["converted"] == 10
     assert case["p50_ratio"]["median"] > 0
+    assert case["echoes"]["median"] > 0
+    assert "25, depth 5" in (tmp_path / "engines.md").read_text()
+    assert (tmp_path / "engines.png").read_bytes().startswith(PNG)
