@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+from quick import is_picture, read_results, run_quickly
 
-PNG = b"\x89PNG\r\n\x1a\n"
+if TYPE_CHECKING:
+    from pathlib import Path
+
 SHARES = (0.5, 0.8, 1.0, 1.2, 2.0)
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that one quick run has filled."""
-    folder = tmp_path_factory.mktemp("results")
-    options = ["--quick", "--rounds", "1", "--rivals", "modelcache", "limited", "--output", str(folder)]
-    subprocess.run(
-        [sys.executable, BENCHMARKS / "throughput.py", *options],
-        check=True, capture_output=True, timeout=55,
-    )  # fmt: skip
-    return folder
+    return run_quickly(
+        "throughput.py", tmp_path_factory.mktemp("results"), "--rounds", "1", "--rivals", "modelcache", "limited"
+    )
 
 
 @pytest.fixture(scope="module")
 def results(written: Path) -> dict[str, Any]:
     """What it says of itself."""
-    found: dict[str, Any] = json.loads((written / "throughput.json").read_text())
-    return found
+    return read_results(written, "throughput")
 
 
 def test_closed_loops_are_answered_as_xgboost_does(results: dict[str, Any]) -> None:
@@ -69,4 +62,4 @@ def test_there_is_a_table_and_a_plot(results: dict[str, Any], written: Path) -> 
     shown = {seen["rival"] for seen in results["cases"] + results["open"]}
     assert all(results["rivals"][key]["label"] in page for key in shown)
     assert "WRONG" not in page
-    assert (written / "throughput.png").read_bytes().startswith(PNG)
+    assert is_picture(written / "throughput.png")

@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+from quick import is_picture, read_results, run_quickly
 
-PNG = b"\x89PNG\r\n\x1a\n"
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that one quick run has filled."""
-    folder = tmp_path_factory.mktemp("results")
-    subprocess.run(
-        [sys.executable, BENCHMARKS / "latency.py", "--quick", "--output", folder],
-        check=True, capture_output=True, timeout=55,
-    )  # fmt: skip
-    return folder
+    return run_quickly("latency.py", tmp_path_factory.mktemp("results"))
 
 
 @pytest.fixture(scope="module")
 def results(written: Path) -> dict[str, Any]:
     """What it says of itself."""
-    found: dict[str, Any] = json.loads((written / "latency.json").read_text())
-    return found
+    return read_results(written, "latency")
 
 
 def test_every_answer_of_every_rival_is_xgboosts_own(results: dict[str, Any]) -> None:
@@ -74,20 +65,17 @@ def test_there_is_a_table_and_a_plot(results: dict[str, Any], written: Path) -> 
     page = (written / "latency.md").read_text()
     assert all(about["label"] in page for about in results["rivals"].values())
     assert "WRONG" not in page
-    assert (written / "latency.png").read_bytes().startswith(PNG)
+    assert is_picture(written / "latency.png")
 
 
 @pytest.mark.skipif(find_spec("onnxruntime") is None, reason="the extra onnx is not installed")
 def test_the_engines_are_compared_on_equal_answers(tmp_path: Path) -> None:
     """All models were converted, and each answer was the same before and after."""
-    subprocess.run(
-        [sys.executable, BENCHMARKS / "engines.py", "--quick", "--output", tmp_path],
-        check=True, capture_output=True, timeout=55,
-    )  # fmt: skip
-    (case,) = json.loads((tmp_path / "engines.json").read_text())["cases"]
+    run_quickly("engines.py", tmp_path)
+    (case,) = read_results(tmp_path, "engines")["cases"]
     assert case["correct"] is True
     assert case["converted"] == 10
     assert case["p50_ratio"]["median"] > 0
     assert case["echoes"]["median"] > 0
     assert "25, depth 5" in (tmp_path / "engines.md").read_text()
-    assert (tmp_path / "engines.png").read_bytes().startswith(PNG)
+    assert is_picture(tmp_path / "engines.png")

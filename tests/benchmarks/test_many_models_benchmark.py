@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+from quick import is_picture, read_results, run_quickly
 
-PNG = b"\x89PNG\r\n\x1a\n"
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that one quick run has filled."""
-    folder = tmp_path_factory.mktemp("results")
-    subprocess.run(
-        [sys.executable, BENCHMARKS / "many_models.py", "--quick", "--rivals", "modelcache", "--output", folder],
-        check=True, capture_output=True, timeout=55,
-    )  # fmt: skip
-    return folder
+    return run_quickly("many_models.py", tmp_path_factory.mktemp("results"), "--rivals", "modelcache")
 
 
 @pytest.fixture(scope="module")
 def results(written: Path) -> dict[str, Any]:
     """What it says of itself."""
-    found: dict[str, Any] = json.loads((written / "many_models.json").read_text())
-    return found
+    return read_results(written, "many_models")
 
 
 def test_every_answer_is_xgboosts_own(results: dict[str, Any]) -> None:
@@ -67,4 +58,4 @@ def test_there_is_a_table_and_a_plot(results: dict[str, Any], written: Path) -> 
     assert all(about["label"] in page for about in results["rivals"].values())
     assert "WRONG" not in page
     assert "Spread over all of 100 models instead of 10" in page
-    assert (written / "many_models.png").read_bytes().startswith(PNG)
+    assert is_picture(written / "many_models.png")

@@ -1,0 +1,30 @@
+"""Runs a benchmark quickly, to see that it works."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+_PATIENCE = 55
+
+
+def run_quickly(script: str, folder: Path, *options: str) -> Path:
+    """Let ``script`` write its results to ``folder``, and return that."""
+    command = [sys.executable, str(BENCHMARKS / script), "--quick", *options, "--output", str(folder)]
+    subprocess.run(command, check=True, capture_output=True, timeout=_PATIENCE)
+    return folder
+
+
+def read_results(folder: Path, name: str) -> dict[str, Any]:
+    """Return what the benchmark ``name`` says of itself."""
+    found: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
+    return found
+
+
+def is_picture(path: Path) -> bool:
+    """Say whether this is a PNG file."""
+    return path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
