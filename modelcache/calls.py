@@ -27,7 +27,6 @@ from modelcache.inputs import (
     read_large,
     write_rows,
 )
-from modelcache.pool.requests import BEGUN, FRESH
 from modelcache.pool.shared import SLOT_BYTES
 from modelcache.pool.wire import OUTPUTS
 from modelcache.records import Timings
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
 
     from modelcache.cache.entry import Entry
     from modelcache.pool.lost import Epitaph
+    from modelcache.pool.requests import Sliced
     from modelcache.records import Output, Tier
     from modelcache.residency import Resident
 
@@ -183,8 +183,8 @@ async def ask(entry: Entry[Resident], call: Call) -> Matrix:
     rows = len(matrix)
     row_seconds = place.row_seconds.get(call.output, _ROW_SECONDS_GUESSED)
     if call.large or (rows > 1 and rows * row_seconds > 2 * _SLICE_SECONDS):
-        with requests.slices_of(place):
-            return await _ask_in_slices(entry, call, order)
+        with requests.slices_of(place) as sliced:
+            return await _ask_in_slices(entry, call, order, sliced)
     if order is not None:
         matrix = matrix.take(order, axis=1)
     if requests.congested:
@@ -218,15 +218,15 @@ class _Slice(NamedTuple):
     timer: asyncio.TimerHandle | None
 
 
-async def _ask_in_slices(entry: Entry[Resident], call: Call, order: list[int] | None) -> Matrix:
+async def _ask_in_slices(entry: Entry[Resident], call: Call, order: list[int] | None, sliced: Sliced) -> Matrix:
     rows, sent = len(call.matrix), 0
     answers: Matrix | None = None
     waiting: deque[_Slice] = deque()
     try:
         while sent < rows or waiting:
             while sent < rows and len(waiting) < _SLICES_IN_FLIGHT:
-                await _writable(entry, call.deadline)
-                waiting.append(_send_slice(entry, call, order, sent, FRESH if answers is None else BEGUN))
+                await _writable(entry, call.deadline, counted=False)
+                waiting.append(_send_slice(entry, call, order, sent, sliced))
                 sent = waiting[-1].stop
             values, seconds = await waiting[0].answer
             answered = waiting.popleft()
@@ -234,6 +234,7 @@ async def _ask_in_slices(entry: Entry[Resident], call: Call, order: list[int] | 
             place = answered.place
             place.row_seconds = {**place.row_seconds, call.output: seconds / len(values)}
             if answers is None:
+                sliced.begun = True
                 answers = np.empty((rows, *values.shape[1:]), np.float32)
             answers[answered.start : answered.stop] = values
     except ModelCacheError as error:
@@ -246,11 +247,11 @@ async def _ask_in_slices(entry: Entry[Resident], call: Call, order: list[int] | 
     return answers
 
 
-def _send_slice(entry: Entry[Resident], call: Call, order: list[int] | None, start: int, part_of: int) -> _Slice:
+def _send_slice(entry: Entry[Resident], call: Call, order: list[int] | None, start: int, sliced: Sliced) -> _Slice:
     place = entry.value
     part = call.matrix[start : start + _slice_rows(place, call)]
     number, answer = place.worker.requests.predict_written(
-        place, part.shape, partial(write_rows, part, order), call.output, call.deadline, part=part_of
+        place, part.shape, partial(write_rows, part, order), call.output, call.deadline, sliced=sliced
     )
     timer = _set_timer(entry, number, answer, call.deadline) if call.deadline else None
     return _Slice(start, start + len(part), place, number, answer, timer)
@@ -260,9 +261,9 @@ def _end(slice_: _Slice) -> None:
     """Let go of a slice, answered or not."""
     if slice_.timer is not None:
         slice_.timer.cancel()
-    if slice_.answer.cancel():
-        slice_.place.worker.requests.cancel(slice_.number)
-    elif not slice_.answer.cancelled():
+    # Whatever has become of the future: a call that is cancelled has the one cancelled that it waits for.
+    slice_.place.worker.requests.cancel(slice_.number)
+    if not slice_.answer.cancel() and not slice_.answer.cancelled():
         slice_.answer.exception()  # it may have failed unseen, behind the slice that failed the call
 
 
@@ -290,11 +291,11 @@ def _expire(entry: Entry[Resident], number: int, answer: Answer) -> None:
     answer.set_exception(_timed_out(entry, wait))
 
 
-async def _writable(entry: Entry[Resident], deadline: float) -> None:
+async def _writable(entry: Entry[Resident], deadline: float, *, counted: bool = True) -> None:
     """Wait until the worker has taken enough of what was sent before, and no longer than the call may take."""
     try:
         async with asyncio.timeout(deadline - monotonic() if deadline else None):
-            await entry.value.worker.requests.writable()
+            await entry.value.worker.requests.writable(counted=counted)
     except TimeoutError as error:
         worker = entry.value.worker
         worker.suspect()

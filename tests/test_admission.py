@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 import odd
+import oracle
 import zoo
 from conftest import settle
 from lanes import FakeTransport, Line, both_ends
 from modelcache import InvalidInputError, MemoryStore, OverloadedError
 from modelcache.admission import admit, check_not_in_vain
 from modelcache.pool import wire
-from modelcache.pool.requests import BEGUN, WHOLE, RequestChannel
+from modelcache.pool.requests import RequestChannel
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -43,13 +44,17 @@ class Lane:
         """Calls in slices."""
 
     def send(self, line: Line, count: int = 1, *, begun: bool = False) -> list[int]:
-        """Send calls past the limit; return their numbers."""
-        write, part = partial(np.copyto, src=ROWS), BEGUN if begun else WHOLE
-        sent = [self.channel.predict_written(line, ROWS.shape, write, 0, 0.0, part=part) for _ in range(count)]
-        for _ in range(count if begun else 0):
-            self.large.enter_context(self.channel.slices_of(line))
+        """Send calls past the limit, or slices of as many that have ``begun``; return their numbers."""
+        sent = [self._send(line, begun=begun) for _ in range(count)]
         self.futures.update(sent)
         return [number for number, _ in sent]
+
+    def _send(self, line: Line, *, begun: bool) -> tuple[int, asyncio.Future[Any]]:
+        if not begun:
+            return self.channel.predict(line, ROWS, 0, 0.0)
+        sliced = self.large.enter_context(self.channel.slices_of(line))
+        sliced.begun = True
+        return self.channel.predict_written(line, ROWS.shape, partial(np.copyto, src=ROWS), 0, 0.0, sliced=sliced)
 
     def call(self, line: Line, limit: int = LIMIT) -> None:
         """Send a call if it is admitted."""
@@ -257,6 +262,39 @@ async def test_a_displaced_slice_fails_its_call(make_registry: MakeRegistry) -> 
     await settle()
     assert not requests.pending
     assert complaints == []
+
+
+async def test_a_call_in_slices_makes_way_as_a_whole(lane: Lane) -> None:
+    """P6: who comes in the same tick as another displaces another call, not a second slice of the same."""
+    write = partial(np.copyto, src=ROWS)
+    slices: list[tuple[int, asyncio.Future[Any]]] = []
+    for _ in range(4):
+        sliced = lane.large.enter_context(lane.channel.slices_of(lane.noisy))
+        slices += [lane.channel.predict_written(lane.noisy, ROWS.shape, write, 0, 0.0, sliced=sliced) for _ in range(2)]
+    lane.call(lane.quiet, limit=4)
+    lane.call(lane.third, limit=4)
+    assert (lane.channel.waiting, lane.noisy.waiting) == (4, 2)
+    assert [future.done() for _, future in slices] == [False] * 5 + [True, False, True]
+    lane.large.close()
+    assert (lane.channel.waiting, lane.noisy.waiting) == (2, 0)
+    for _, future in slices:
+        future.cancel() or future.exception()
+
+
+async def test_a_cancelled_call_in_slices_leaves_nothing_behind(registry: ModelRegistry, gate: odd.Gate) -> None:
+    """P3: each of its slices is cancelled at the worker, the one that it waited for too."""
+    requests = registry._pool.workers[0].requests
+    held = asyncio.create_task(registry.predict("noisy", [odd.WAIT, 0]))
+    await until(gate.reached)
+    large = asyncio.create_task(registry.predict("noisy", np.zeros((200_000, 2), np.float32), timeout=1000))
+    await until(lambda: len(requests.pending) == 3)
+    large.cancel()
+    await settle()
+    assert len(requests.pending) == requests.waiting == 1
+    gate.open()
+    await held
+    await oracle.slots_come_back(registry)
+    assert not requests.pending
 
 
 async def test_a_call_in_slices_waits_once(registry: ModelRegistry, gate: odd.Gate) -> None:

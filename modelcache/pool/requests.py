@@ -31,9 +31,6 @@ if TYPE_CHECKING:
 SHARED_FROM = 64 << 10
 """Bytes of rows from which a slot is cheaper than the socket."""
 
-WHOLE, FRESH, BEGUN, NONE = range(4)
-"""What a request is of a call: all of it, a slice, a slice of one of which another is answered already, or nothing."""
-
 _NUMBERS = 1 << 32
 
 _FLOAT32 = np.dtype(np.float32)
@@ -62,19 +59,32 @@ class _Pings:
 class _Pending:
     """A request that is not answered; a plain class takes half the time of a NamedTuple."""
 
-    __slots__ = ("future", "part", "queue", "sent")
+    __slots__ = ("future", "queue", "sent", "sliced")
 
-    def __init__(self, future: asyncio.Future[Any], sent: float, queue: Queue, part: int) -> None:
+    def __init__(self, future: asyncio.Future[Any], sent: float, queue: Queue, sliced: Sliced | None) -> None:
         self.future = future
         self.sent = sent
         self.queue = queue
-        self.part = part
-        """WHOLE, FRESH, BEGUN, or NONE."""
+        self.sliced = sliced
+        """The call that it is a slice of; None if it is all of one."""
 
     @property
     def model(self) -> int:
         """What the worker knows the model by; 0 for a ping."""
         return self.queue.number
+
+
+class Sliced:
+    """A call that travels in slices, and counts as one; so does a sign of life, which counts as none."""
+
+    __slots__ = ("begun", "queue", "waits")
+
+    def __init__(self, queue: Queue, *, waits: bool = True) -> None:
+        self.queue = queue
+        self.waits = waits
+        """True until it ends, or makes way for another."""
+        self.begun = False
+        """True once a slice of it is answered."""
 
 
 class RequestChannel(Channel):
@@ -97,8 +107,8 @@ class RequestChannel(Channel):
         self.held_up = 0
         """Calls not yet sent, since the worker has not taken enough of what was sent before."""
         self.last_latency = 0.0
-        self._pings = _Pings()
-        self.longest: Queue = self._pings
+        self._pings = Sliced(_Pings(), waits=False)
+        self.longest: Queue = self._pings.queue
         """The longest queue that was seen when calls were compared last."""
         self._answered = 0
         self._busy_since = 0.0
@@ -115,7 +125,7 @@ class RequestChannel(Channel):
         if rows.nbytes >= SHARED_FROM:
             return self.predict_written(queue, rows.shape, partial(np.copyto, src=rows), output, deadline)
         count, columns = rows.shape
-        return self._send(queue, (0, count, columns), rows.tobytes(), output, deadline, part=WHOLE)
+        return self._send(queue, (0, count, columns), rows.tobytes(), output, deadline, sliced=None)
 
     def predict_written(
         self,
@@ -125,7 +135,7 @@ class RequestChannel(Channel):
         output: int,
         deadline: float,
         *,
-        part: int = WHOLE,
+        sliced: Sliced | None = None,
     ) -> tuple[int, asyncio.Future[tuple[Matrix, float]]]:
         """Send the rows that ``write`` puts into an array of ``shape``; the future is that of :meth:`predict`.
 
@@ -142,13 +152,20 @@ class RequestChannel(Channel):
             rows = np.empty(shape, np.float32)
             write(rows)
             payload = rows.tobytes()
-        number, future = self._send(queue, (slot, *shape), payload, output, deadline, part=part)
+        number, future = self._send(queue, (slot, *shape), payload, output, deadline, sliced=sliced)
         self.slices_in_a_row = self.slices_in_a_row + 1 if number == self._last_slice + 1 else 0
         self._last_slice = number
         return number, future
 
     def _send(
-        self, queue: Queue, where: tuple[int, int, int], payload: bytes, output: int, deadline: float, *, part: int
+        self,
+        queue: Queue,
+        where: tuple[int, int, int],
+        payload: bytes,
+        output: int,
+        deadline: float,
+        *,
+        sliced: Sliced | None,
     ) -> tuple[int, asyncio.Future[Any]]:
         """Send a request; ``where`` its rows are: the slot or 0, and their shape."""
         number = self._number = (self._number + 1) % _NUMBERS
@@ -156,8 +173,8 @@ class RequestChannel(Channel):
         now = monotonic()
         if not self.pending:
             self._busy_since, self._answered_before = now, self._answered
-        self.pending[number] = _Pending(future, now, queue, part)
-        if part == WHOLE:
+        self.pending[number] = _Pending(future, now, queue, sliced)
+        if sliced is None:
             queue.waiting += 1
         else:
             self._parts += 1
@@ -172,7 +189,7 @@ class RequestChannel(Channel):
         """Ask the worker's main thread for a sign of life."""
         number = self._number = (self._number + 1) % _NUMBERS
         future: asyncio.Future[Any] = self._loop.create_future()
-        self.pending[number] = _Pending(future, monotonic(), self._pings, NONE)
+        self.pending[number] = _Pending(future, monotonic(), self._pings.queue, self._pings)
         self._parts += 1
         self.send(wire.REQUEST.pack(0, wire.PING, 0, 0, number, 0, 0, 0, 0.0))
         return future
@@ -182,13 +199,13 @@ class RequestChannel(Channel):
         """How many calls wait for the worker, sent or not; a sign of life that it is asked for is none."""
         return len(self.pending) - self._parts + self._in_slices + self.held_up
 
-    async def writable(self) -> None:
-        """Wait until the worker has taken enough of what was sent, and be counted as long as that takes."""
-        self.held_up += 1
+    async def writable(self, *, counted: bool = True) -> None:
+        """Wait until the worker has taken enough of what was sent, ``counted`` among those who wait for it."""
+        self.held_up += counted
         try:
             await super().writable()
         finally:
-            self.held_up -= 1
+            self.held_up -= counted
 
     def cancel(self, number: int) -> None:
         """Forget a call; the worker skips it if it has not run."""
@@ -200,34 +217,44 @@ class RequestChannel(Channel):
             self.send(wire.REQUEST.pack(0, wire.CANCEL, 0, 0, number, 0, 0, 0, 0.0))
 
     def _note_end(self, pending: _Pending) -> None:
-        if pending.part == WHOLE:
+        if pending.sliced is None:
             pending.queue.waiting -= 1
         else:
             self._parts -= 1
 
     @contextmanager
-    def slices_of(self, queue: Queue) -> Iterator[None]:
-        """Count what is sent in the block as parts of one call, which begins and ends with it."""
+    def slices_of(self, queue: Queue) -> Iterator[Sliced]:
+        """Count what is sent in the block as slices of one call, which begins and ends with it."""
+        sliced = Sliced(queue)
         queue.waiting += 1
         self._in_slices += 1
         try:
-            yield
+            yield sliced
         finally:
-            queue.waiting -= 1
+            self._answered += sliced.waits
+            self._note_end_of_slices(sliced)
+
+    def _note_end_of_slices(self, sliced: Sliced) -> None:
+        if sliced.waits:
+            sliced.waits = False
+            sliced.queue.waiting -= 1
             self._in_slices -= 1
 
     def displace(self, number: int, error: OverloadedError) -> None:
-        """Let a call that waits fail with ``error``."""
-        future = self.pending[number].future
+        """Let a call that waits fail with ``error``, all of it if this is a slice."""
+        pending = self.pending[number]
         self.cancel(number)
-        future.set_exception(error)
+        if pending.sliced is not None:
+            self._note_end_of_slices(pending.sliced)
+        pending.future.set_exception(error)
 
     def newest_of(self, queue: Queue) -> int | None:
         """Return the newest call in ``queue``, one of which no part is answered if there is any."""
         begun = None
         for number, call in reversed(self.pending.items()):
-            if call.queue is queue and not call.future.done():
-                if call.part != BEGUN:
+            sliced = call.sliced
+            if call.queue is queue and not call.future.done() and (sliced is None or sliced.waits):
+                if sliced is None or not sliced.begun:
                     return number
                 begun = number if begun is None else begun
         return begun
@@ -275,7 +302,6 @@ class RequestChannel(Channel):
         before = len(self.pending)
         super().buffer_updated(nbytes)
         answered = before - len(self.pending)
-        self._answered += answered
         if answered > 1:
             # Their callers wake up in the next tick, before what is scheduled now.
             self.cork()
@@ -286,13 +312,14 @@ class RequestChannel(Channel):
         if slot:
             self.slots.give_back(slot)  # what is in it is read before anybody can take it
             if kind == wire.SKIPPED:
-                return
+                return  # cancelled, or its time is over: its timer is about to say so
         pending = self.pending.pop(number, None)
         if pending is None:
             return  # cancelled or timed out meanwhile
         self._note_end(pending)
         if pending.future.done():
             return
+        self._answered += pending.sliced is None
         if kind == wire.RESULT:
             # Through a bytearray, so that the caller's array is writable and keeps no larger buffer alive.
             values = np.frombuffer(bytearray(data[start:end]), _FLOAT32)
