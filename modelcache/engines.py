@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from modelcache.cache.entry import State
+from modelcache.cache.recent import Recent
 from modelcache.inputs import column_order
 from modelcache.pool.wire import FEW_ROWS, OUTPUTS
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from modelcache.cache.entry import Entry
     from modelcache.calls import Call
     from modelcache.pool.artifacts import Converted
+    from modelcache.pool.pool import Worker
     from modelcache.residency import Residency, Resident
 
 EARNED = 128
@@ -30,6 +32,10 @@ calls are shorter."""
 
 _KEPT = 16
 """The last of those calls, whose rows both engines are compared on."""
+_LARGEST_KEPT = 1 << 10
+"""Bytes of rows from which a call is not kept: nobody reserves memory for them. Edge cases are compared in any case."""
+
+_FEARED = 1000
 
 _PER_BYTE, _BESIDE = 2, 256 << 10
 """Bytes claimed: the models seen took 1.3 to 1.6 times what XGBoost does, small ones more."""
@@ -42,6 +48,15 @@ class Engines:
 
     def __init__(self, state: Residency) -> None:
         self._state = state
+        self._feared: Recent[tuple[str, str], bool] = Recent(_FEARED)
+        """Names and versions over whose conversion a worker has ended."""
+
+    def lost(self, worker: Worker) -> bool:
+        """A worker has crashed: return whether over a conversion, which is not tried again."""
+        entry = worker.held.get(worker.converting)
+        if entry is not None:
+            self._feared.note((entry.key, entry.value.version), True)
+        return entry is not None
 
     def saw(self, entry: Entry[Resident], call: Call) -> None:
         """Take note of a call that ``entry`` has answered."""
@@ -50,14 +65,19 @@ class Engines:
         place = entry.value
         place.small_calls += 1
         if EARNED - _KEPT < place.small_calls <= EARNED:
-            place.rows_kept += (_as_sent(entry, call).tobytes(),)
+            if call.matrix.nbytes <= _LARGEST_KEPT:
+                place.rows_kept += (_as_sent(entry, call).tobytes(),)
             if place.small_calls == EARNED:
                 self._order(entry)
 
     def _order(self, entry: Entry[Resident]) -> None:
         place, allowed = entry.value, _PER_BYTE * entry.size + _BESIDE
         rows, place.rows_kept = b"".join(place.rows_kept), ()
+        if self._feared.get((entry.key, place.version)):
+            place.stays = "a worker ended when it was converted"
+            return
         if place.worker.alive and entry.state is State.READY and self._state.ledger.enlarge(entry, allowed):
+            place.engine_bytes = allowed
             place.worker.charged += allowed
             report = place.worker.process.artifacts.convert(place.number, allowed, rows)
             report.add_done_callback(partial(self._settle, entry, allowed))
@@ -69,6 +89,7 @@ class Engines:
         if report.cancelled() or entry.state is State.GONE:
             return
         place, result = entry.value, report.result()
+        place.engine_bytes = result.size
         place.worker.charged -= allowed - result.size
         self._state.retire(self._state.ledger.shrink(entry, allowed - result.size))
         place.stays = result.refusal

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import signal
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -140,3 +143,54 @@ def test_auto_without_onnxruntime_says_what_to_install(monkeypatch: pytest.Monke
     monkeypatch.setattr(modelcache.registry, "find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r"modelcache\[onnx\]"):
         ModelRegistry(MemoryStore(), engine="auto")
+
+
+@needs_onnx
+async def test_a_conversion_that_ends_its_worker_is_not_tried_again(make_registry: MakeRegistry) -> None:
+    """A3: the conversion is to blame and not the calls, and the model serves on with XGBoost."""
+    registry = await make_registry(MemoryStore({"A.ubj": zoo.model().ubj}), engine="auto")
+    await registry.load("A")
+    worker = registry._pool.workers[0]
+    worker._lanes.box.converting = entry_of(registry).value.number
+    os.kill(worker.pid, signal.SIGSEGV)
+    while not worker.gone:
+        await asyncio.sleep(0)
+    await ask(registry)
+    await settled(registry)
+    (info,) = registry.loaded()
+    assert info.engine == "predictor"
+    assert "a worker ended when it was converted" in registry.explain("A")
+    assert not registry._loader.quarantine._crashes
+
+
+@needs_onnx
+async def test_a_reload_claims_what_the_model_takes_without_its_engine(make_registry: MakeRegistry) -> None:
+    """L2: a model that had a second engine comes back where there is room for it alone."""
+    registry = await make_registry(MemoryStore({"A.ubj": zoo.model(trees=100).ubj}), engine="auto")
+    size = (await registry.load("A")).size_bytes
+    await ask(registry)
+    await settled(registry)
+    assert registry.loaded()[0].size_bytes > 2 * size
+    await registry.unload("A")
+    registry.resize(int(1.2 * size))
+    assert (await registry.load("A")).size_bytes < 1.2 * size
+
+
+@needs_onnx
+async def test_margins_that_xgboost_clamps(make_registry: MakeRegistry) -> None:
+    """A5: beyond 88.7 the sigmoid stays what it is there."""
+    booster = zoo.model("binary", trees=10).booster
+    document = json.loads(booster.save_raw("json"))
+    for tree in document["learner"]["gradient_booster"]["model"]["trees"]:
+        leaves = [child < 0 for child in tree["left_children"]]
+        tree["split_conditions"] = [
+            1000 * value if is_leaf else value for value, is_leaf in zip(tree["split_conditions"], leaves, strict=True)
+        ]
+    registry = await make_registry(MemoryStore({"A.json": json.dumps(document).encode()}), engine="auto")
+    before = [await registry.predict("A", row) for row in zoo.rows(40)]
+    assert min(float(value[0]) for value in before) < 1e-37
+    await ask(registry, rows=zoo.rows(1))
+    await settled(registry)
+    assert registry.loaded()[0].engine == "onnx", registry.explain("A")
+    after = [await registry.predict("A", row) for row in zoo.rows(40)]
+    assert np.concatenate(after).tobytes() == np.concatenate(before).tobytes()

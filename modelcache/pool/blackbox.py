@@ -14,6 +14,7 @@ from modelcache.pool.shared import BOX_OFFSET
 if TYPE_CHECKING:
     import mmap
 
+_PARSING, _CONVERTING = range(2)
 _TOTAL, _SINCE = range(2)
 
 
@@ -22,18 +23,27 @@ class BlackBox:
 
     def __init__(self, memory: mmap.mmap) -> None:
         # Numbers of 32 and 64 bits: as such they are stored at once, so that nobody reads half of one.
-        self._number = memoryview(memory)[BOX_OFFSET : BOX_OFFSET + 4].cast("I")
+        self._numbers = memoryview(memory)[BOX_OFFSET : BOX_OFFSET + 8].cast("I")
         self._rest = memoryview(memory)[BOX_OFFSET + 8 : BOX_OFFSET + 24].cast("d")
-        self._last: int | None = None
+        self._last: list[int] = []
 
     @property
     def parsing(self) -> int:
         """The model that the parser is at, also after :meth:`close`; 0 for none."""
-        return self._number[0] if self._last is None else self._last
+        return (self._last or self._numbers)[_PARSING]
 
     @parsing.setter
     def parsing(self, model: int) -> None:
-        self._number[0] = model
+        self._numbers[_PARSING] = model
+
+    @property
+    def converting(self) -> int:
+        """The model that is being converted, also after :meth:`close`; 0 for none."""
+        return (self._last or self._numbers)[_CONVERTING]
+
+    @converting.setter
+    def converting(self, model: int) -> None:
+        self._numbers[_CONVERTING] = model
 
     def rest(self) -> None:
         """The main thread has no call to answer."""
@@ -50,8 +60,8 @@ class BlackBox:
         return total + now - since if since else total
 
     def close(self) -> None:
-        """Keep the parser's number, and let go of the memory; harmless when done twice."""
-        if self._last is None:
-            self._last = self._number[0]
-            self._number.release()
+        """Keep the numbers of models, and let go of the memory; harmless when done twice."""
+        if not self._last:
+            self._last = self._numbers.tolist()
+            self._numbers.release()
             self._rest.release()

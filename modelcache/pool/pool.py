@@ -167,7 +167,7 @@ class Worker:
             patience *= _PATIENCE_WITH_BUSY
         silent = self._ping is not None and now - self._pinged > patience
         unload = next(iter(self._unloading.values()), now)
-        if silent or (now - unload > patience and not self.process.artifacts.parsing()):
+        if silent or (now - unload > patience and not self.process.artifacts.parsing() and not self.converting):
             logger.warning("worker process %d does not answer and is killed", self.pid)
             self.process.kill("it gave no sign of life" if silent else "it did not free a model when told to")
 
@@ -178,6 +178,11 @@ class Worker:
         self.busy = 1 - (rested - self._rested) / period
         self.line = (waited - self._waited) / period
         self._rested, self._waited = rested, waited
+
+    @property
+    def converting(self) -> int:
+        """The number of the model that it is giving a second engine, or was when it ended; 0 for none."""
+        return self._lanes.box.converting
 
     def close(self) -> None:
         """Close both lanes: the worker takes it as the order to leave."""

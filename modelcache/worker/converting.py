@@ -40,9 +40,14 @@ class Conversions:
         """The model leaves; harmless if nothing was ordered for it."""
         self._waiting.pop(model, None)
 
+    @property
+    def next(self) -> int:
+        """The model that has waited longest."""
+        return next(iter(self._waiting))
+
     def carry_out(self) -> int:
-        """Convert the model that has waited longest, and return the bytes that it takes more than before."""
-        model = next(iter(self._waiting))
+        """Convert the next model, and return the bytes that it takes more than before."""
+        model = self.next
         allowed, rows = self._waiting.pop(model)
         size, refusal = 0, None
         try:

@@ -31,7 +31,8 @@ _EXPONENTIAL = frozenset({"count:poisson", "reg:gamma", "reg:tweedie"})
 OBJECTIVES = _IDENTITY | _LOGISTIC | _EXPONENTIAL
 """Those whose values can be computed from margins as XGBoost does."""
 
-_ONE, _EPSILON = np.float32(1), np.float32(1e-16)
+_ONE, _EPSILON, _MOST_NEGATED = np.float32(1), np.float32(1e-16), np.float32(88.7)
+"""XGBoost's own constants: with them the sigmoid neither overflows nor becomes 0."""
 
 
 class ConvertedPredictor:
@@ -66,7 +67,8 @@ def convert(xgboost: XGBoostPredictor, rows: Matrix) -> ConvertedPredictor:
     rounds = xgboost.best_iteration + 1 if xgboost.best_iteration is not None else None
     forest = onnx.Forest.of(learner, _base_margins(learner, xgboost.objective), rounds)
     converted = ConvertedPredictor(xgboost, _session(onnx.write(forest)))
-    for batch in (*np.split(rows, len(rows)), rows, *_edges(forest)):
+    alone = [rows[index : index + 1] for index in range(len(rows))]
+    for batch in (*alone, rows, *_edges(forest)):
         _compare(converted, batch)
     return converted
 
@@ -104,7 +106,7 @@ def _base_margins(learner: dict[str, Any], objective: str) -> Matrix:
 def _link_of(objective: str) -> Callable[[Matrix], Matrix] | None:
     """Return what makes values of margins; None if they are the same."""
     if objective in _LOGISTIC:
-        return lambda margins: _ONE / (_each("expf", -margins) + _ONE + _EPSILON)
+        return lambda margins: _ONE / (_each("expf", np.minimum(-margins, _MOST_NEGATED)) + _ONE + _EPSILON)
     if objective in _EXPONENTIAL:
         return lambda margins: _each("expf", margins)
     return None

@@ -306,7 +306,9 @@ class ArtifactLane:
         self._prepared = True
 
     def _convert(self) -> None:
+        self._box.converting = self._conversions.next
         self._slack.loaded(self._conversions.carry_out())
+        self._box.converting = 0
         self._disturb()
 
     def _report_conversion(self, model: int, size: int, refusal: str | None) -> None:

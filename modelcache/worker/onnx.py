@@ -27,6 +27,7 @@ _INT_ATTRIBUTE, _TENSOR_ATTRIBUTE, _INTS_ATTRIBUTE = 2, 4, 7
 _BRANCH_LT = 1
 _SUM = 1
 _IR_VERSION, _ML_OPSET, _OPSET = 10, 5, 21
+_DEEPEST = 500
 _MOST_BYTES = 5
 """Of a number of 32 bits, seven in each byte."""
 
@@ -69,17 +70,30 @@ class Forest(NamedTuple):
         roots = np.cumsum(sizes) - sizes
         starts = np.repeat(roots, sizes)
         left, right = (_joined(trees, f"{side}_children", np.int64) for side in ("left", "right"))
+        left, right = np.where(left < 0, -1, left + starts), np.where(right < 0, -1, right + starts)
+        _check_depth(roots, left, right)
         return cls(
             n_features=int(learner["learner_model_param"]["num_feature"]),
             base=base,
             roots=roots,
-            left=np.where(left < 0, -1, left + starts),
-            right=np.where(right < 0, -1, right + starts),
+            left=left,
+            right=right,
             features=_joined(trees, "split_indices", np.int64),
             values=_joined(trees, "split_conditions", np.float32),
             missing_left=_joined(trees, "default_left", np.int64),
             outputs=np.repeat(np.asarray(model["tree_info"][:count], np.int64), sizes),
         )
+
+
+def _check_depth(roots: Numbers, left: Numbers, right: Numbers) -> None:
+    """Refuse trees that ONNX Runtime, which builds them by recursion, might overflow its stack with."""
+    level = roots
+    for _ in range(_DEEPEST):
+        level = level[left[level] >= 0]
+        if not len(level):
+            return
+        level = np.concatenate([left[level], right[level]])
+    raise NotConvertibleError(f"it has trees of a depth over {_DEEPEST}")
 
 
 def _joined(trees: list[dict[str, Any]], key: str, kind: type[Any]) -> NDArray[Any]:

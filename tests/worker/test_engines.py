@@ -101,6 +101,20 @@ def test_categorical_splits_stay_with_xgboost() -> None:
         convert(loaded(xgb.train({"nthread": 1, "max_cat_to_onehot": 1}, matrix, 3)), categories[:1])
 
 
+def _chain(depth: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Return the left and right children of a tree whose every split has a leaf and the next split."""
+    left, right = np.full(2 * depth + 1, -1), np.full(2 * depth + 1, -1)
+    left[:-1:2], right[:-1:2] = np.arange(1, 2 * depth, 2), np.arange(2, 2 * depth + 1, 2)
+    return left, right
+
+
+def test_trees_that_are_chains_stay_with_xgboost() -> None:
+    """ONNX Runtime builds trees by recursion, and its stack has an end."""
+    onnx._check_depth(np.array([0]), *_chain(499))
+    with pytest.raises(NotConvertibleError, match="a depth over 500"):
+        onnx._check_depth(np.array([0]), *_chain(501))
+
+
 def test_the_best_iteration_is_honoured() -> None:
     """A model trained with early stopping is converted up to there."""
     xgboost = XGBoostPredictor.load(memoryview(zoo.model("stopped", trees=30).ubj), threads=1)
