@@ -168,15 +168,13 @@ while os.getppid() == parent:
 def _computing(share: float) -> Iterator[None]:
     """Have one process per usable core compute for ``share`` of the time, as long as the block lasts.
 
-    Each has a session of its own, as the workers do: Linux gives each session the same share of a processor
-    (autogroup), and in that of the rivals they would take from these alone.
+    They are in the session of the rivals, as workers are: where the kernel has autogroups, others would have a share
+    of the processor of their own.
     """
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     pause = _PIECE / share - _PIECE if share else 0.0
     command = [sys.executable, "-c", _COMPUTES, str(_PIECE), str(pause)]
-    others = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) for _ in range(count if share else 0)
-    ]
+    others = [subprocess.Popen(command, stdout=subprocess.PIPE, process_group=0) for _ in range(count if share else 0)]
     try:
         for other in others:
             assert other.stdout is not None

@@ -83,6 +83,7 @@ class Answering:
                 self._life.check()  # perhaps it was ended by close()
                 call.lost = error.epitaph
             except OverloadedError:
+                call.hit = None
                 self._note_refusal()
                 raise
             else:
@@ -137,7 +138,7 @@ class Answering:
 
     async def _ask_one_of(self, entry: Entry[Resident], call: Call) -> Matrix:
         """Ask a model that is in several workers."""
-        seat = self._leasing.seat(entry)
+        seat = self._leasing.seat(entry, self._queue_limit)
         try:
             answer = await ask(seat, call)
         finally:

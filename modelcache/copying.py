@@ -28,6 +28,8 @@ _LONG = 8
 _BUSY, _FREE = 0.8, 0.5
 """Share of the time for which a worker has calls to answer, from which it is what they wait for; and up to which
 another can do some of its work."""
+_FIRST_PAUSE, _LONGEST_PAUSE = 2, 256
+"""Looks between two tries to copy a model: the store is asked each time."""
 _TOLERANCE = 1.25
 """How much longer than the average a line may be."""
 
@@ -41,16 +43,33 @@ class Copier:
         self._pool = pool
         self._crowded: set[Worker] = set()
         """Those whose line was long at the last look."""
+        self._looks = 0
+        self._next_try: dict[Entry[Resident], tuple[int, int]] = {}
+        """For models that were to be copied: the look from which on again, and how many to wait after that."""
 
     def look(self) -> None:
         """Take one look; a line that is long at two of them in a row has stayed so."""
+        self._looks += 1
+        self._next_try = {entry: then for entry, then in self._next_try.items() if entry.state is State.READY}
         crowded = {worker for worker in self._pool.up() if worker.busy >= _BUSY and worker.line >= _LONG}
         for worker in crowded & self._crowded:
             entry = self._most_wanted(worker)
-            target = pick_worker(self._pool, entry) if entry is not None else None
-            if entry is not None and target is not None and target.busy <= _FREE and not self._is_under_way(entry):
+            if entry is not None and self._has_room(entry) and self._is_due(entry):
                 self._loader.copy(entry)
         self._crowded = crowded
+
+    def _has_room(self, entry: Entry[Resident]) -> bool:
+        """Say whether there are bytes that nobody needs, and a worker with time."""
+        ledger, target = self._state.ledger, pick_worker(self._pool, entry)
+        return ledger.free >= entry.size and not ledger.queue and target is not None and target.busy <= _FREE
+
+    def _is_due(self, entry: Entry[Resident]) -> bool:
+        """Say whether it is time to try; each try is followed by twice the pause before it, whatever comes of it."""
+        due, pause = self._next_try.get(entry, (0, _FIRST_PAUSE))
+        if self._looks < due or self._is_under_way(entry):
+            return False
+        self._next_try[entry] = self._looks + pause, min(2 * pause, _LONGEST_PAUSE)
+        return True
 
     def _most_wanted(self, worker: Worker) -> Entry[Resident] | None:
         """Return the model that half of the calls wait for, or more, if there is one."""
@@ -76,12 +95,12 @@ def pick_worker(pool: Pool, entry: Entry[Resident]) -> Worker | None:
     return min(others, key=lambda worker: worker.busy, default=None)
 
 
-def pick_seat(entry: Entry[Resident]) -> Entry[Resident]:
-    """Return which of ``entry`` and its copies the next call is to go to."""
+def pick_seat(entry: Entry[Resident], limit: int) -> Entry[Resident]:
+    """Return which of ``entry`` and its copies the next call is to go to, where ``limit`` calls may wait."""
     seats = (entry, *entry.copies)
     lines = [seat.value.worker.requests.waiting for seat in seats]
-    bound = _TOLERANCE * (sum(lines) + 1) / len(seats)
-    return next(seat for seat, line in zip(seats, lines, strict=True) if line < bound)
+    bound = min(limit, _TOLERANCE * (sum(lines) + 1) / len(seats))
+    return next((seat for seat, line in zip(seats, lines, strict=True) if line < bound), entry)
 
 
 class CopyAttempt(Attempt):

@@ -16,6 +16,7 @@ be neither installed nor imported.
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections import Counter
 from contextvars import Context, copy_context
@@ -71,6 +72,10 @@ def _quiet_context() -> Context:
 
 
 # Entering a copy of this context costs 0.1 us; entering np.errstate 0.9, far more than the cast it guards.
+_LISTS = frozenset({list, tuple})
+
+_ROW_NUMBERS = re.compile(r"(\b[Rr]ow |\brows\[)(\d+)")
+
 _QUIET = Context().run(_quiet_context)
 
 
@@ -135,26 +140,29 @@ def read_large(rows: Any) -> tuple[Values, Names]:
     NumPy lets go of the GIL while it converts numbers, but not while it reads a list, which takes seconds for a million
     rows: lists are read in pieces, with a pause after each in which the event loop gets hold of it.
     """
-    if type(rows) is list:
-        try:
-            return _in_pieces(rows), None
-        except ValueError:
-            pass  # what is wrong, and in which row, is said of the whole
-    return as_matrix(rows)
+    return (_in_pieces(rows), None) if type(rows) in _LISTS else as_matrix(rows)
 
 
-def _in_pieces(rows: list[Any]) -> Values:
+def _in_pieces(rows: Sequence[Any]) -> Values:
     width = len(rows[0])
     values = np.empty((len(rows), width), np.float32)
     step = max(1, _CELLS_OF_PIECE // max(1, width))
     for start in range(0, len(rows), step):
         piece = rows[start : start + step]
-        read = as_matrix(piece)[0]
+        try:
+            read = as_matrix(piece)[0]
+        except InvalidInputError as error:
+            raise InvalidInputError(_counted_from(start, str(error))) from error
         if read.shape != (len(piece), width):  # NumPy would repeat a single value
-            raise ValueError("rows of different lengths")
+            raise InvalidInputError(f"Row {start} is not of the {width} values of row 0. Pass rows of equal length.")
         values[start : start + step] = read
         sleep(_PAUSE)
     return values
+
+
+def _counted_from(start: int, message: str) -> str:
+    """Number the rows in a message about a piece as the caller does."""
+    return _ROW_NUMBERS.sub(lambda found: f"{found[1]}{int(found[2]) + start}", message)
 
 
 def write_rows(cells: NDArray[Any], order: list[int] | None, into: Values) -> None:

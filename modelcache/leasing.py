@@ -89,9 +89,9 @@ class Leasing:
         if self._quiet is not None and not self._state.ledger.leases and not self._quiet.done():
             self._quiet.set_result(None)
 
-    def seat(self, entry: Entry[Resident]) -> Entry[Resident]:
+    def seat(self, entry: Entry[Resident], limit: int) -> Entry[Resident]:
         """Lease ``entry`` or one of its copies, whichever is to answer the next call."""
-        seat = pick_seat(entry)
+        seat = pick_seat(entry, limit)
         self._state.ledger.lease(seat)
         return seat
 

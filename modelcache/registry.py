@@ -134,9 +134,10 @@ class ModelRegistry:
         self._leasing = Leasing(self._state, self._loader, self._life)
         self._starting: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
+        self._engines = Engines(self._state) if engine == "auto" else None
         self._answering = Answering(
             self._state, self._leasing, self._loader.quarantine, self._life, self.start, queue_limit=queue_limit,
-            engines=Engines(self._state) if engine == "auto" else None,
+            engines=self._engines,
         )  # fmt: skip
         self._groups = Groups(self._state, self._loader, self._leasing, self._life)
         self._background: set[asyncio.Task[Any]] = set()
@@ -340,6 +341,11 @@ class ModelRegistry:
         flights = [flight for key in keys if (flight := state.flights.detach(key))]
         for flight in flights:
             state.give_up_renewal(flight)
+        copying = [flight for flight in state.flights.airborne if flight.copies is not None and flight.key in keys]
+        for flight in copying:
+            state.flights.drop(flight)
+            flight.task.cancel()
+        flights += copying
         for key in keys:
             state.pinned.discard(key)
             state.failures.forget(key)
@@ -431,7 +437,7 @@ class ModelRegistry:
         self._copier.look()
 
     def _worker_lost(self, worker: Worker, epitaph: Epitaph) -> None:
-        if epitaph.crashed:
+        if epitaph.crashed and not (self._engines is not None and self._engines.lost(worker)):
             self._loader.quarantine.suspect(worker)
         lost = self._state.lose(worker)
         if not self._life.closed:

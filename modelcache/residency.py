@@ -95,6 +95,8 @@ class Resident(Place):
     rows_kept: tuple[bytes, ...] = field(default=(), kw_only=True)
     """Of the last of those calls, until the second engine is ordered."""
     engine: Engine = field(default="predictor", kw_only=True)
+    engine_bytes: int = field(default=0, kw_only=True)
+    """What of its size is the second engine's, or claimed for it."""
     stays: str | None = field(default=None, kw_only=True)
     """Why it got no second engine, once that was tried."""
 
@@ -160,13 +162,14 @@ class Residency:
         place.worker.held[place.number] = copy
         place.trusted_until = place.checked_at + self._refresh_after
         self.counters.copies_made += 1
+        self.history.settled(copy.key)
 
     def release(self, entry: Entry[Resident]) -> None:
         """End a lease; without ``retain`` the model leaves with the last one."""
         retired = self.ledger.release(entry)
         if retired:
             self.retire(retired)
-        if not self._retain and not entry.pins and entry.state is State.READY:
+        if not self._retain and not entry.pins and entry.state is State.READY and entry.original is None:
             self.retire(self.ledger.detach(entry.key, "retain"))
 
     # Versions
@@ -246,10 +249,19 @@ class Residency:
         for entry in entries:
             self._announce_left(entry)
         gone = [entry for entry in resident if entry.original is None]
+        for entry in resident:
+            if entry.original is not None:
+                self._pass_on_renewal(entry, entry.original)
         for entry in gone:
             self._note_eviction(entry)
         self.retire(retired)
         return tuple(entry.key for entry in gone)
+
+    def _pass_on_renewal(self, lost: Entry[Resident], heir: Entry[Resident]) -> None:
+        """Let what was to renew a model that is lost renew the copy which has taken its place."""
+        flight = self.flights.by_key.get(lost.key)
+        if flight is not None and flight.renews is lost:
+            flight.renews = heir
 
     def failed(self, key: str, error: ModelCacheError, *, serves_on: bool = False) -> None:
         """A load has failed; ``serves_on`` says that it was to renew a version that is still there."""

@@ -344,9 +344,12 @@ def _entry(*lines: int) -> Any:
 
 @pytest.mark.parametrize(
     ("lines", "chosen"),
-    [((0, 0), 0), ((1, 0), 0), ((2, 0), 1), ((2, 2), 0), ((9, 3, 0), 1), ((9, 9, 0), 2), ((5, 4, 4), 0)],
-)
+    [
+        ((0, 0), 0), ((1, 0), 0), ((2, 0), 1), ((2, 2), 0), ((9, 3, 0), 1), ((9, 9, 0), 2), ((5, 4, 4), 0),
+        ((20, 19), 1), ((20, 20), 0),
+    ],
+)  # fmt: skip
 def test_bounded_loads(lines: tuple[int, ...], chosen: int) -> None:
-    """A call goes to the first worker whose line is at most a quarter above the average with it."""
+    """A call goes to the first worker whose line is at most a quarter above the average with it, and not full."""
     entry = _entry(*lines)
-    assert pick_seat(entry) is (entry, *entry.copies)[chosen]
+    assert pick_seat(entry, limit=20) is (entry, *entry.copies)[chosen]

@@ -429,7 +429,8 @@ class Ledger:
     def _replace_by_copy(self, entry: Entry[Any], *, pinned: bool) -> None:
         heir, *others = entry.copies
         del self.copies[heir]
-        heir.original, heir.copies, heir.hits = None, tuple(others), entry.hits
+        heir.original, heir.copies = None, tuple(others)
+        heir.hits, heir.last_used = entry.hits, entry.last_used
         for copy in (entry, *others):
             copy.original = heir
         entry.copies = ()

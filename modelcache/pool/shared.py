@@ -7,6 +7,7 @@ imports little.
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import tempfile
@@ -22,7 +23,7 @@ SLOTS = 12
 """More than two are lent at a time only where several callers have large batches."""
 
 BOX_OFFSET = SLOTS * SLOT_BYTES
-_BOX_BYTES = 24
+_SIZE = BOX_OFFSET + 24
 
 Matrix = NDArray[np.float32]
 
@@ -30,17 +31,20 @@ Matrix = NDArray[np.float32]
 def shared_memory() -> int:
     """Return a descriptor of zeroed memory for a worker to inherit."""
     if hasattr(os, "memfd_create"):  # not on macOS, nor where Python was built for an old C library
-        descriptor = os.memfd_create("modelcache", os.MFD_CLOEXEC)
-    else:
-        with tempfile.TemporaryFile() as file:
-            descriptor = os.dup(file.fileno())
-    os.ftruncate(descriptor, BOX_OFFSET + _BOX_BYTES)
+        descriptor = os.memfd_create("modelcache", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(descriptor, _SIZE)
+        # A worker that made it smaller would end its parent, by SIGBUS.
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        return descriptor
+    with tempfile.TemporaryFile() as file:
+        descriptor = os.dup(file.fileno())
+    os.ftruncate(descriptor, _SIZE)
     return descriptor
 
 
 def map_memory(descriptor: int) -> mmap.mmap:
     """Map all of it; ``descriptor`` is not needed any more then."""
-    return mmap.mmap(descriptor, BOX_OFFSET + _BOX_BYTES)
+    return mmap.mmap(descriptor, _SIZE)
 
 
 class Arena:

@@ -14,7 +14,7 @@ Every header starts with the payload's length, then the kind of the frame:
     ERROR    call                                            the model refuses the rows; payload: message, UTF-8
     FAULT    call                                            the predictor is at fault, not the rows; payload: message
 
-Rows of more than some 10 KiB lie in a slot of memory that both sides share (shared.py), and the frame carries its
+Rows of 64 KiB and more lie in a slot of memory that both sides share (shared.py), and the frame carries its
 number, 0 for none. Whatever answers such a call carries it back: until then the slot is the worker's, which reports it
 by SKIPPED if nobody wants the answer any more.
 
