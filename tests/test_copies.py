@@ -12,9 +12,9 @@ import odd
 import oracle
 import zoo
 from conftest import settle
-from modelcache import Event, MemoryStore, ModelEvicted, ModelRegistry
+from modelcache import Event, MemoryStore, ModelEvicted, ModelNotFoundError, ModelRegistry
 from modelcache.copying import pick_seat
-from modelcache.testing import GatedStore
+from modelcache.testing import FakeClock, GatedStore
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -175,9 +175,30 @@ class TestMaking:
         assert registry.stats().copies == 0
         assert registry._state.failures.recall("hot") is None
         store.open("hot")
-        look(registry, worker_of(registry, "hot"))
+        look(registry, worker_of(registry, "hot"), times=4)
         await copied(registry)
         assert registry.stats().copies == 1
+        await line.let_through()
+
+    async def test_the_store_is_not_asked_in_vain(
+        self, make_registry: MakeRegistry, store: GatedStore, gate: odd.Gate
+    ) -> None:
+        """Without bytes for a copy nothing is fetched; and while the store is down it is asked less and less."""
+        registry = await make_registry(store, workers=2, predictor=odd.ODD)
+        line = await line_up(registry, gate)
+        fetches = len(store.fetches)
+        registry.resize(home(registry, "hot").size)
+        look(registry, worker_of(registry, "hot"), times=20)
+        await copied(registry)
+        assert len(store.fetches) == fetches
+        registry.resize("64 MiB")
+        store.shut("hot")
+        for _ in range(30):
+            look(registry, worker_of(registry, "hot"), times=1)
+            await settle()
+            store.fail("hot", OSError("the store is down"))
+            await copied(registry)
+        assert len(store.fetches) == fetches + 4
         await line.let_through()
 
     async def test_it_is_made_once(self, make_registry: MakeRegistry, store: GatedStore, gate: odd.Gate) -> None:
@@ -206,6 +227,19 @@ class TestMaking:
         await line.let_through()
         await unloading
         assert registry.stats().bytes_resident == registry.stats().copies == 0
+
+    async def test_an_unload_ends_it(self, make_registry: MakeRegistry, store: GatedStore, gate: odd.Gate) -> None:
+        """L5: when ``unload`` returns, nothing of the model is on its way any more."""
+        registry = await make_registry(store, workers=2, predictor=odd.ODD)
+        line = await line_up(registry, gate)
+        store.shut("hot")
+        look(registry, worker_of(registry, "hot"))
+        await settle()
+        unloading = asyncio.create_task(registry.unload("hot"))
+        await settle()
+        await line.let_through()
+        assert await unloading
+        assert not registry._state.flights.airborne
 
     async def test_closing_meanwhile(self, make_registry: MakeRegistry, store: GatedStore, gate: odd.Gate) -> None:
         """F11: close ends a copy that is on its way."""
@@ -272,6 +306,15 @@ class TestLeaving:
         assert np.array_equal(np.unique(answers), zoo.model(seed=1).expected(zoo.rows(1)))
         assert registry.stats().copies == 0
 
+    async def test_a_call_of_a_copy_unloads_no_original(self, make_registry: MakeRegistry) -> None:
+        """Without ``retain`` it is the last call of a model that unloads it, and of a pinned one none does."""
+        registry = await make_registry(MemoryStore({"m.ubj": zoo.model().ubj}), workers=2, retain=False)
+        await registry.pin("m")
+        registry._loader.copy(home(registry, "m"))
+        await copied(registry)
+        await asyncio.gather(*(registry.predict("m", zoo.rows(1)) for _ in range(8)))
+        assert [info.name for info in registry.loaded()] == ["m"]
+
 
 class TestWorkersThatEnd:
     """Rule P1 for models that are in several workers."""
@@ -297,6 +340,27 @@ class TestWorkersThatEnd:
         assert len(invocation.model.workers) == 2
         assert (registry.stats().loads, registry.stats().copies) == (1, 1)
         assert [getattr(event, "models", None) for event in events] == [()]
+
+    async def test_a_renewal_goes_on_with_the_copy(self, make_registry: MakeRegistry) -> None:
+        """S2, S3: what the store is asked about meanwhile is the copy by then, which was used when its original was."""
+        clock, store = FakeClock(), GatedStore({"m.ubj": zoo.model().ubj})
+        store.open("m")
+        registry = await make_registry(store, workers=2, clock=clock)
+        await registry.load("m")
+        registry._loader.copy(home(registry, "m"))
+        await copied(registry)
+        store.shut("m")
+        refreshing = asyncio.create_task(registry.refresh("m"))
+        await store.fetched(3)
+        worker = worker_of(registry, "m")
+        worker.process.kill()
+        while not worker.gone:
+            await asyncio.sleep(0)
+        assert registry.stats().lru_age == 0
+        store.fail("m", ModelNotFoundError("deleted"))
+        with pytest.raises(ModelNotFoundError):
+            await refreshing
+        assert registry.loaded() == []
 
     async def test_a_lost_copy_is_no_lost_model(self, make_registry: MakeRegistry) -> None:
         """The copy's worker dies: the original goes on, and no eviction is told."""

@@ -69,3 +69,12 @@ async def test_workers_start_wherever_the_memory_is(make_registry: MakeRegistry)
     model, rows = zoo.model(), zoo.rows(2)
     registry = await make_registry(MemoryStore({"m.ubj": model.ubj}), workers=1)
     assert np.array_equal(await registry.predict("m", rows), model.expected(rows))
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="only memory of this kind can be sealed")
+def test_a_worker_cannot_make_it_smaller() -> None:
+    """Its parent would be ended by SIGBUS."""
+    memory = shared_memory()
+    with pytest.raises(PermissionError):
+        os.ftruncate(memory, 0)
+    os.close(memory)
