@@ -90,13 +90,16 @@ class Claim:
     limit: float
     at_most: bool
     rival: str = "modelcache"
+    against: str = ""
+    """Whose figure in the same round it is relative to; if empty, the figure is a ratio to the yardstick already."""
 
     def check(self, entries: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         """Return what was measured of it, None if its case was left out."""
-        found = next((entry for entry in entries if (entry["case"], entry["rival"]) == (self.case, self.rival)), None)
-        if found is None:
+        by_rival = {entry["rival"]: entry for entry in entries if entry["case"] == self.case}
+        found, other = by_rival.get(self.rival), by_rival.get(self.against or self.rival)
+        if found is None or other is None:
             return None
-        ratio = found[self.figure]
+        ratio = found[self.figure] if not self.against else _ratio(found["rounds"], other["rounds"], self.figure)
         met = ratio["median"] <= self.limit if self.at_most else ratio["median"] >= self.limit
         return {"claim": self.text, "limit": self.limit, "met": met, "measured": ratio}
 

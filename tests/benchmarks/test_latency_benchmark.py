@@ -57,7 +57,7 @@ def test_results_say_where_they_come_from(results: dict[str, Any]) -> None:
     assert results["date"].endswith("Z")
     assert "--quick" in results["command"]
     assert all(about["rss_mb"] > 0 and about["processes"] > 0 for about in results["rivals"].values())
-    assert [claim["limit"] for claim in results["claims"]] == [0.75, 5.0]
+    assert [claim["limit"] for claim in results["claims"]] == [0.5, 2.5, 1.0, 10.0]
 
 
 def test_there_is_a_table_and_a_plot(results: dict[str, Any], written: Path) -> None:
