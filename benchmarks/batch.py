@@ -60,7 +60,7 @@ class Plan:
 
 
 FULL = Plan(rounds=5, seconds=0.3, sizes=(1, 10, 100, 1000, 10_000, 100_000, MILLION))
-QUICK = Plan(rounds=2, seconds=0.02, sizes=(1, 1000, 60_000))
+QUICK = Plan(rounds=1, seconds=0.02, sizes=(1, 1000, 60_000))
 
 
 def cases(plan: Plan) -> list[Case]:
