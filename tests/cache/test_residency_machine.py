@@ -1169,7 +1169,7 @@ def idle_bytes(head: Claim, ledger: Ledger) -> int:
 
 TestResidency = pytest.mark.timeout(240)(ResidencyMachine.TestCase)  # ten seconds, on a machine that has time
 TestResidency.settings = settings(
-    max_examples=500,
+    max_examples=400,
     stateful_step_count=60,
     deadline=None,
     derandomize=True,
