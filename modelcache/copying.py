@@ -1,4 +1,4 @@
-"""Hot copies: a model whose calls wait in line although its worker computes all the time is loaded into a further one.
+"""Hot copies: a model whose calls wait in line at a worker that never rests is loaded into a further one.
 
 A copy takes only bytes that nobody else needs, and is the first to be evicted when somebody does. It has the version of
 its original and leaves with it. Calls are spread by consistent hashing with bounded loads (Mirrokni, Thorup and
@@ -148,6 +148,3 @@ class CopyAttempt(Attempt):
     def _give_way(self) -> Any:
         self._state.flights.drop(self._flight)
         raise DesertedError
-
-
-__all__ = ["Copier", "CopyAttempt", "pick_seat", "pick_worker"]

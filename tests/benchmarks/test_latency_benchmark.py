@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -66,16 +65,3 @@ def test_there_is_a_table_and_a_plot(results: dict[str, Any], written: Path) -> 
     assert all(about["label"] in page for about in results["rivals"].values())
     assert "WRONG" not in page
     assert is_picture(written / "latency.png")
-
-
-@pytest.mark.skipif(find_spec("onnxruntime") is None, reason="the extra onnx is not installed")
-def test_the_engines_are_compared_on_equal_answers(tmp_path: Path) -> None:
-    """All models were converted, and each answer was the same before and after."""
-    run_quickly("engines.py", tmp_path)
-    (case,) = read_results(tmp_path, "engines")["cases"]
-    assert case["correct"] is True
-    assert case["converted"] == 10
-    assert case["p50_ratio"]["median"] > 0
-    assert case["echoes"]["median"] > 0
-    assert "25, depth 5" in (tmp_path / "engines.md").read_text()
-    assert is_picture(tmp_path / "engines.png")
