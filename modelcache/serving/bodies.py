@@ -1,0 +1,55 @@
+"""The body of a request: whole, decompressed, and never more of it than the limit."""
+
+from __future__ import annotations
+
+import zlib
+from typing import TYPE_CHECKING
+
+from modelcache.serving.errors import PayloadTooLargeError, RequestError, UnsupportedMediaTypeError
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+_GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
+_CODINGS = frozenset({"gzip", "x-gzip", "deflate"})
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """Return the body of ``request``; neither what is sent nor what it expands to may exceed ``limit`` bytes.
+
+    Raises PayloadTooLargeError, UnsupportedMediaTypeError for a content coding other than gzip and deflate, and
+    RequestError for bytes that are not what the coding says.
+    """
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding not in _CODINGS and coding != "identity":
+        raise UnsupportedMediaTypeError(f"Content-Encoding {coding!r} is not read. Send identity, gzip or deflate.")
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > limit:
+        raise _too_large(limit)
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            raise _too_large(limit)
+    return bytes(body) if coding == "identity" else _decompress(bytes(body), coding, limit)
+
+
+def _decompress(body: bytes, coding: str, limit: int) -> bytes:
+    """Expand ``body``, which may be several members in a row."""
+    expanded = bytearray()
+    try:
+        while body:
+            inflate = zlib.decompressobj(_GZIP_OR_ZLIB)
+            expanded += inflate.decompress(body, limit + 1 - len(expanded))
+            if len(expanded) > limit:
+                raise _too_large(limit)
+            if not inflate.eof:
+                raise RequestError(f"The body, said to be compressed by {coding}, ends in the middle.")
+            body = inflate.unused_data
+    except zlib.error as error:
+        raise RequestError(f"The body is said to be compressed by {coding}, and is not: {error}.") from error
+    return bytes(expanded)
+
+
+def _too_large(limit: int) -> PayloadTooLargeError:
+    return PayloadTooLargeError(f"The body has more than {limit:,} bytes, which is the limit here. Send fewer rows.")

@@ -1,0 +1,1 @@
+"""Figures and logs of a registry for the systems that watch it; each module is imported by those who use it."""

@@ -1,0 +1,82 @@
+"""Bodies of requests: whole, decompressed, bounded."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from starlette.requests import Request
+
+from modelcache.serving.bodies import read_body
+from modelcache.serving.errors import PayloadTooLargeError, RequestError, UnsupportedMediaTypeError
+
+if TYPE_CHECKING:
+    from collections.abc import MutableMapping
+
+TEXT = b"1990,3047,5\n" * 100
+
+
+def request_of(*chunks: bytes, **headers: str) -> Request:
+    """Return a request whose body arrives in ``chunks``."""
+    messages = [{"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks]
+    messages.append({"type": "http.request", "body": b"", "more_body": False})
+
+    async def receive() -> MutableMapping[str, Any]:
+        return messages.pop(0)
+
+    named = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    return Request({"type": "http", "method": "POST", "path": "/", "headers": named}, receive)
+
+
+async def test_a_body_is_read_whole() -> None:
+    """However many chunks it comes in."""
+    assert await read_body(request_of(TEXT[:5], TEXT[5:]), len(TEXT)) == TEXT
+
+
+@pytest.mark.parametrize(
+    ("coding", "body"),
+    [
+        ("gzip", gzip.compress(TEXT)),
+        (" X-GZIP ", gzip.compress(TEXT[:7]) + gzip.compress(TEXT[7:])),
+        ("deflate", zlib.compress(TEXT)),
+        ("identity", TEXT),
+    ],
+)
+async def test_a_compressed_body_is_expanded(coding: str, body: bytes) -> None:
+    """Both codings that clients use, in one member or several."""
+    assert await read_body(request_of(body, content_encoding=coding), len(TEXT)) == TEXT
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+async def test_a_body_above_the_limit_is_refused(compressed: bool) -> None:
+    """A bomb is not expanded beyond the limit."""
+    bomb = gzip.compress(bytes(1 << 20)) if compressed else bytes(1 << 20)
+    request = request_of(bomb, content_encoding="gzip" if compressed else "identity")
+    with pytest.raises(PayloadTooLargeError, match=r"more than 65,536 bytes"):
+        await read_body(request, 1 << 16)
+
+
+async def test_a_length_above_the_limit_is_refused_before_anything_is_read() -> None:
+    """What is announced need not be received."""
+    request = Request({"type": "http", "method": "POST", "path": "/", "headers": [(b"content-length", b"101")]})
+    with pytest.raises(PayloadTooLargeError):
+        await read_body(request, 100)
+
+
+@pytest.mark.parametrize(
+    ("coding", "body", "error", "match"),
+    [
+        ("br", TEXT, UnsupportedMediaTypeError, "'br' is not read. Send identity, gzip or deflate"),
+        ("gzip", TEXT, RequestError, "said to be compressed by gzip, and is not"),
+        ("gzip", gzip.compress(TEXT)[:-9], RequestError, "ends in the middle"),
+        ("gzip", gzip.compress(TEXT) + b"garbage", RequestError, "is not"),
+    ],
+)
+async def test_a_body_that_is_not_what_it_says_is_refused(
+    coding: str, body: bytes, error: type[Exception], match: str
+) -> None:
+    """It is the client's mistake."""
+    with pytest.raises(error, match=match):
+        await read_body(request_of(body, content_encoding=coding), 1 << 20)
