@@ -19,15 +19,22 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from conftest import MakeRegistry
+    from modelcache import ModelRegistry
 
 LARGE = np.zeros((5_000, zoo.N), np.float32)
 """Some of these fill the socket and the buffer before it."""
 
 
+async def send_whole(registry: ModelRegistry, name: str) -> None:
+    """Let all rows for ``name`` travel in one piece, however slow this machine was when they were timed."""
+    async with registry.acquire(name) as lease:
+        lease.entry.value.row_seconds = {0: 1e-9}
+
+
 async def test_a_congested_lane_keeps_to_the_deadline(make_registry: MakeRegistry) -> None:
     """P3: a call that cannot even be sent, since the worker takes nothing, ends at its deadline."""
     registry = await make_registry(MemoryStore({"m.ubj": zoo.model().ubj}))
-    await registry.predict("m", LARGE)  # from here on it is known that these rows need not travel in slices
+    await send_whole(registry, "m")
     worker = registry._pool.workers[0]
     os.kill(worker.pid, signal.SIGSTOP)
     filling = [asyncio.create_task(registry.predict("m", LARGE, timeout=30)) for _ in range(60)]
@@ -43,7 +50,7 @@ async def test_a_congested_lane_keeps_to_the_deadline(make_registry: MakeRegistr
 async def test_calls_that_cannot_be_sent_count_towards_the_limit(make_registry: MakeRegistry) -> None:
     """P6: the queue is full when as many calls wait as it takes, whether the worker has taken their rows or not."""
     registry = await make_registry(MemoryStore({"m.ubj": zoo.model().ubj}), queue_limit=40)
-    await registry.predict("m", LARGE)
+    await send_whole(registry, "m")
     worker = registry._pool.workers[0]
     os.kill(worker.pid, signal.SIGSTOP)
     calls = [asyncio.create_task(registry.predict("m", LARGE)) for _ in range(30)]
