@@ -23,6 +23,12 @@ if TYPE_CHECKING:
     MakeRegistry = Callable[..., Awaitable[ModelRegistry]]
 
 
+def pytest_collection_finish() -> None:
+    """Spare what has been imported, which stays, a look by each of the collections that tests ask for."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def anyio_backend() -> str:
     """Plain asyncio; loops.py has the others, which some files run on as well, test_registry.py on all."""
