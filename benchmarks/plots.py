@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 OURS, FLOOR, OTHERS = "#0b6e4f", "#b8b8b8", "#5b7db1"
 """modelcache, what nobody can beat, what one would write by hand."""
 
-_FLOORS = ("direct", "echo", "get-object", "get-object-only", "read")
+_FLOORS = ("direct", "echo", "http-echo", "get-object", "get-object-only", "read")
 
 _LATENCY_PANELS = (
     ("one-1", "p50", "One row, 1 client: p50 in µs", "shorter is better"),
@@ -115,6 +115,18 @@ def plot_scaling(results: dict[str, Any], path: Path) -> None:
         f"medians of {results['settings']['rounds']} interleaved rounds",
         fontsize=11,
     )
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_over_http(results: dict[str, Any], path: Path) -> None:
+    """Draw one client's p50, and the calls of 64."""
+    figure, axes = plt.subplots(1, 2, figsize=(13, 3.2), layout="constrained")
+    _bars(axes[0], results, "one-1", "p50")
+    _entitle(axes[0], "One row of CSV, 1 client: p50 in µs", "shorter is better")
+    _bars(axes[1], results, "one-64", "calls_per_second")
+    _entitle(axes[1], "One row of CSV, 64 clients: calls/s", "longer is better")
+    figure.suptitle(f"Over loopback HTTP: medians of {results['settings']['rounds']} interleaved rounds", fontsize=11)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

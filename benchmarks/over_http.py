@@ -1,0 +1,171 @@
+"""What HTTP adds: a row of CSV sent to ``modelcache serve``, and to a trivial echo on the same server.
+
+    python benchmarks/over_http.py            about a minute; writes benchmarks/results/over_http.{json,md,png}
+    python benchmarks/over_http.py --quick    seconds; shows that it works, not how fast anything is
+
+Every rival's server is a process of its own, and so is the client that asks it, over connections that stay open; they
+take turns. The echo is a route of starlette under uvicorn that sends back what it was sent: nothing that parses HTTP in
+Python can take less. ``registry.predict`` is asked the same in the process, to tell the registry's own share. Each
+answer is compared with XGBoost's own, bit for bit, after the clock has stopped.
+
+It is not called http.py, since Python would then find it in the place of its own module of that name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.progress import Progress
+
+import report
+from comparing import Claim, case_table, check_claims, claim_line, entry
+from harness import ENVIRONMENT, Contender
+from http_rivals import RIVALS
+from models import DEPTH, NAMES, ONE, TREES, make_fleet
+from plots import plot_over_http
+
+if TYPE_CHECKING:
+    Round = dict[str, Any]
+
+CASES = {"one-1": (1, "One row of CSV, 1 client"), "one-64": (64, "One row of CSV, 64 clients")}
+"""How many clients ask, and what that is called."""
+
+SERVE, INSIDE = "modelcache-serve", "modelcache-inside"
+YARDSTICK = "http-echo"
+"""What ratios are relative to."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured."""
+
+    rounds: int
+    seconds: float
+    """Of each measurement."""
+    warm_up: float
+    """Seconds of calls before it."""
+
+
+FULL = Plan(rounds=9, seconds=0.5, warm_up=0.2)
+QUICK = Plan(rounds=1, seconds=0.05, warm_up=0.05)
+
+CLAIMS = tuple(
+    claim
+    for case, clients in (("one-1", "1 client"), ("one-64", "64 clients"))
+    for claim in (
+        Claim(f"With {clients} a prediction takes at most 1.5 times an echo's p50",
+              case, "p50_ratio", 1.5, True, SERVE),
+        Claim(f"With {clients} there are at least 0.6 of an echo's calls/s",
+              case, "calls_ratio", 0.6, False, SERVE),
+    )
+)  # fmt: skip
+
+
+def main() -> None:
+    """Measure, report, write."""
+    options = _options()
+    console = report.console()
+    with tempfile.TemporaryDirectory(prefix="modelcache-http-") as folder:
+        results = measure(Path(folder), options.plan)
+    results["claims"] = check_claims(CLAIMS, results["cases"])
+    tables = [_table(results, case) for case in CASES]
+    for table in tables:
+        console.print(table.rich(), "")
+    for line in _findings(results):
+        console.print(line)
+    options.output.mkdir(parents=True, exist_ok=True)
+    report.write_json(options.output / "over_http.json", results)
+    (options.output / "over_http.md").write_text(_page(results, tables))
+    plot_over_http(results, options.output / "over_http.png")
+    console.print(f"Written to {options.output}: over_http.json, over_http.md, over_http.png")
+
+
+def _options() -> argparse.Namespace:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a few seconds, to see that it works")
+    parser.add_argument("--rounds", type=int, help="how often the rivals take turns")
+    parser.add_argument("--output", type=Path, default=report.RESULTS, help="folder for the results")
+    options = parser.parse_args()
+    plan = QUICK if options.quick else FULL
+    options.plan = replace(plan, rounds=options.rounds or plan.rounds)
+    return options
+
+
+# Measuring
+
+
+def measure(folder: Path, plan: Plan) -> dict[str, Any]:
+    """Let the rivals take turns, and return everything that was seen."""
+    results = report.environment(
+        "modelcache", "xgboost-cpu", "numpy", "starlette", "uvicorn", "httptools", "uvloop"
+    ) | {
+        "benchmark": "over_http",
+        "settings": asdict(plan)
+        | {"models": len(NAMES), "trees": TREES, "depth": DEPTH, "nthread": 1, "environment": ENVIRONMENT},
+        "rivals": {key: {"label": rival.label, "predicts": rival.predicts} for key, rival in RIVALS.items()},
+    }
+    make_fleet(folder)
+    seen: dict[tuple[str, str], list[Round]] = {}
+    with ExitStack() as stack, Progress(transient=True) as progress:
+        contenders = [stack.enter_context(Contender(key, folder, script="http_rivals.py")) for key in RIVALS]
+        for contender in contenders:
+            contender.ask(ONE, 16, seconds=2 * plan.warm_up)
+        for _ in progress.track(range(plan.rounds), description="Rounds"):
+            for case, (clients, _title) in CASES.items():
+                for contender in contenders:
+                    found = contender.ask(ONE, clients, seconds=plan.seconds, warm_up=plan.warm_up)
+                    seen.setdefault((case, contender.key), []).append(found)
+    results["cases"] = [
+        entry(case, CASES[case][1], key, rounds, seen[case, YARDSTICK]) for (case, key), rounds in seen.items()
+    ]
+    return results
+
+
+# Reporting
+
+
+def _table(results: dict[str, Any], case: str) -> report.Table:
+    return case_table(CASES[case][1], [seen for seen in results["cases"] if seen["case"] == case], results["rivals"])
+
+
+def _findings(results: dict[str, Any]) -> list[str]:
+    """Return the claims, and the registry's own share of a call over HTTP."""
+    found = {(seen["case"], seen["rival"]): seen["p50"]["median"] for seen in results["cases"]}
+    shares = []
+    for case, (clients, _title) in CASES.items():
+        inside, serve, echo = (report.short(found[case, key]) for key in (INSIDE, SERVE, YARDSTICK))
+        shares.append(
+            f"With {clients} client{'s' * (clients > 1)} the registry's own p50, asked in the process, is {inside} of "
+            f"the {serve} µs over HTTP; the echo takes {echo}."
+        )
+    return [*map(claim_line, results["claims"]), *shares]
+
+
+def _page(results: dict[str, Any], tables: list[report.Table]) -> str:
+    settings = results["settings"]
+    notes = f"""
+* Medians of {settings["rounds"]} interleaved rounds of {settings["seconds"]:g} s after {settings["warm_up"]:g} s of
+  warm-up. "rounds": the least and the most of the rounds' p50. Ratios are to `{RIVALS[YARDSTICK].label}`, taken within
+  each round.
+* "stable" is NO when the interquartile range of the rounds' p50 or calls/s is over {report.STEADY:.0%} of the median:
+  believe the order of magnitude, not the digits.
+* {settings["models"]} models of {settings["trees"]} trees, depth {settings["depth"]}, six features, `nthread=1`. Closed
+  loop: a client asks again when it has its answer, over a connection that stays open.
+* `modelcache serve` is the command with all options at their defaults: limits, request ids and figures included. The
+  others are apps of one route, run by uvicorn as it comes, with httptools and without a log of requests.
+* CPU is that of client, server and workers together, per call.
+* Correct: every answer is compared with `Booster.predict(DMatrix(rows))`, bit for bit; the echo's with what it was
+  sent."""
+    claims = "\n".join(f"* {line}" for line in _findings(results))
+    parts = ("## What HTTP adds", report.describe(results), "![plot](over_http.png)", claims)
+    return "\n\n".join([*parts, *(table.markdown() for table in tables), "### How to read this" + "\n" + notes]) + "\n"
+
+
+if __name__ == "__main__":
+    main()
