@@ -10,10 +10,9 @@ bit for bit, after the clock has stopped.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from rich.progress import Progress
 
 import report
 from batch_models import COLUMNS, make_batches
+from command import make_parser, parse, publish
 from comparing import Claim, case_table, check_claims, claim_line, entry
 from harness import ENVIRONMENT, Contender
 from models import DEPTH, TREES
@@ -28,6 +28,8 @@ from plots import plot_batch
 from rivals import RIVALS
 
 if TYPE_CHECKING:
+    import argparse
+
     Round = dict[str, float]
 
 OURS, DIRECT, THREADS, PROCESSES = "modelcache-array", "direct", "to_thread", "process-pool"
@@ -92,33 +94,20 @@ def cases(plan: Plan) -> list[Case]:
 def main() -> None:
     """Measure, report, write."""
     options = _options()
-    console = report.console()
     with tempfile.TemporaryDirectory(prefix="modelcache-batch-") as folder:
         results = measure(Path(folder), options.plan)
     results["claims"] = check_claims(CLAIMS, results["cases"])
     tables = make_tables(results)
-    for table in tables:
-        console.print(table.rich(), "")
-    for claim in results["claims"]:
-        console.print(claim_line(claim))
-    options.output.mkdir(parents=True, exist_ok=True)
-    report.write_json(options.output / "batch.json", results)
-    (options.output / "batch.md").write_text(_page(results, tables))
-    plot_batch(results, options.output / "batch.png")
-    console.print(f"Written to {options.output}: batch.json, batch.md, batch.png")
+    publish(
+        "batch", results, tables, map(claim_line, results["claims"]),
+        page=_page(results, tables), plot=plot_batch, folder=options.output,
+    )  # fmt: skip
 
 
 def _options() -> argparse.Namespace:
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a few seconds, to see that it works")
-    parser.add_argument("--rounds", type=int, help="how often the rivals take turns")
+    parser = make_parser(__doc__)
     parser.add_argument("--seconds", type=float, help="length of one measurement")
-    parser.add_argument("--output", type=Path, default=report.RESULTS, help="folder for the results")
-    options = parser.parse_args()
-    plan = QUICK if options.quick else FULL
-    options.plan = replace(plan, rounds=options.rounds or plan.rounds, seconds=options.seconds or plan.seconds)
-    return options
+    return parse(parser, FULL, QUICK)
 
 
 # Measuring

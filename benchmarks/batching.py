@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from batch_models import COLUMNS, read_batch
-from harness import Question, closed_loop, figures, measured, standard_input, tell
+from harness import Question, closed_loop, figures, for_a_while, measured, standard_input, tell
 from rivals import RIVALS
 
 if TYPE_CHECKING:
@@ -43,25 +43,19 @@ class Batching:
         question, seconds = self._question(order["columns"], order["rows"]), order["seconds"]
         if "beside" in order:
             return await self._isolation(question, self._question(order["columns"], order["beside"]), seconds)
-        await closed_loop(self._rival, _until_end_of(seconds / 4, question), order["concurrency"])
-        return await measured(self._rival, _until_end_of(seconds, question), order["concurrency"])
+        await closed_loop(self._rival, for_a_while([question], seconds / 4), order["concurrency"])
+        return await measured(self._rival, for_a_while([question], seconds), order["concurrency"])
 
     async def _isolation(self, small: Question, large: Question, seconds: float) -> dict[str, float]:
-        await closed_loop(self._rival, _until_end_of(seconds / 4, small), 1)
-        alone = await closed_loop(self._rival, _until_end_of(seconds, small), 1)
-        others = asyncio.create_task(closed_loop(self._rival, _until_end_of(seconds, large), 1))
+        await closed_loop(self._rival, for_a_while([small], seconds / 4), 1)
+        alone = await closed_loop(self._rival, for_a_while([small], seconds), 1)
+        others = asyncio.create_task(closed_loop(self._rival, for_a_while([large], seconds), 1))
         beside = await closed_loop(self._rival, _while_true(small, lambda: not others.done()), 1)
         both = await others
         report = figures(self._rival, beside, 0.0)
         quiet = float(np.percentile(alone.seconds, 99)) * 1e6
         report["wrong"] += sum(figures(self._rival, record, 0.0)["wrong"] for record in (alone, both))
         return report | {"quiet_p99": round(quiet, 2), "large_p50": round(float(np.median(both.seconds)) * 1e6, 2)}
-
-
-def _until_end_of(seconds: float, question: Question) -> Iterator[Question]:
-    end = perf_counter() + seconds
-    yield question  # a call may take longer
-    yield from takewhile(lambda _: perf_counter() < end, repeat(question))
 
 
 def _while_true(question: Question, condition: Callable[[], bool]) -> Iterator[Question]:

@@ -12,12 +12,12 @@ parent and worker take for a call. All processes of a host share the clock.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import os
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import report
+from command import make_parser, parse, publish
 from harness import ENVIRONMENT
 from models import NAMES, ONE, as_lists, make_fleet, read_questions
 from plots import plot_budget
@@ -50,30 +51,31 @@ YARDSTICKS = {
 }
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured."""
+
+    rounds: int
+    calls: int
+    """Of each rival in a round."""
+
+
+FULL = Plan(rounds=9, calls=LOG_SIZE)
+QUICK = Plan(rounds=2, calls=100)
+
+
 def main() -> None:
     """Measure, report, write."""
-    options = _options()
+    options = parse(make_parser(__doc__), FULL, QUICK)
     os.environ.update(ENVIRONMENT)
     with tempfile.TemporaryDirectory(prefix="modelcache-budget-") as folder:
         make_fleet(Path(folder))
-        results = asyncio.run(measure(Path(folder), rounds=options.rounds, calls=options.calls))
+        results = asyncio.run(measure(Path(folder), rounds=options.plan.rounds, calls=options.plan.calls))
     table = make_table(results)
-    report.console().print(table.rich(), "")
-    options.output.mkdir(parents=True, exist_ok=True)
-    report.write_json(options.output / "budget.json", results)
-    (options.output / "budget.md").write_text(_page(results, table))
-    plot_budget(results, options.output / "budget.png")
-    report.console().print(f"Written to {options.output}: budget.json, budget.md, budget.png")
-
-
-def _options() -> argparse.Namespace:
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a few seconds, to see that it works")
-    parser.add_argument("--output", type=Path, default=report.RESULTS, help="folder for the results")
-    options = parser.parse_args()
-    options.rounds, options.calls = (2, 100) if options.quick else (9, LOG_SIZE)
-    return options
+    publish(
+        "budget", results, [table], (),
+        page=_page(results, table), plot=plot_budget, folder=options.output,
+    )  # fmt: skip
 
 
 async def measure(folder: Path, *, rounds: int, calls: int) -> dict[str, Any]:

@@ -11,7 +11,6 @@ after the clock has stopped. In the end a model is overwritten again and again w
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +24,7 @@ import report
 import s3_server
 from cold_models import AS_JSON, BUCKET, MEDIUM, SMALL, make_bucket, offer
 from cold_rivals import CONNECTIONS, RIVALS
+from command import make_parser, parse, publish
 from comparing import Claim, case_table, check_claims, claim_line, entry
 from harness import ENVIRONMENT, Contender
 from models import ONE
@@ -121,34 +121,15 @@ CLAIMS = (
 
 def main() -> None:
     """Measure, report, write."""
-    options = _options()
-    console = report.console()
+    options = parse(make_parser(__doc__, RIVALS), FULL, QUICK)
     with tempfile.TemporaryDirectory(prefix="modelcache-cold-") as folder:
         results = measure(Path(folder), options.plan, [case.among(options.rivals) for case in CASES])
     results["claims"] = check_claims(CLAIMS, results["cases"])
     tables = make_tables(results)
-    for table in tables:
-        console.print(table.rich(), "")
-    for line in _claims(results):
-        console.print(line)
-    options.output.mkdir(parents=True, exist_ok=True)
-    report.write_json(options.output / "cold.json", results)
-    (options.output / "cold.md").write_text(_page(results, tables))
-    plot_cold(results, options.output / "cold.png")
-    console.print(f"Written to {options.output}: cold.json, cold.md, cold.png")
-
-
-def _options() -> argparse.Namespace:
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a few seconds, to see that it works")
-    parser.add_argument("--rounds", type=int, help="how often the rivals take turns")
-    parser.add_argument("--rivals", nargs="+", choices=tuple(RIVALS), default=list(RIVALS), metavar="KEY")
-    parser.add_argument("--output", type=Path, default=report.RESULTS, help="folder for the results")
-    options = parser.parse_args()
-    plan = QUICK if options.quick else FULL
-    options.plan = replace(plan, rounds=options.rounds or plan.rounds)
-    return options
+    publish(
+        "cold", results, tables, _claims(results),
+        page=_page(results, tables), plot=plot_cold, folder=options.output,
+    )  # fmt: skip
 
 
 # Measuring

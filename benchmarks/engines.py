@@ -10,10 +10,10 @@ An echo between two processes takes its turn with the lone clients: nothing with
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 import report
+from command import make_parser, parse, publish
 from modelcache import MemoryStore, ModelRegistry
 from models import houses, train
 from plots import plot_engines
@@ -35,23 +36,32 @@ MOST_ECHOES = 1.6
 """What a lone call of the smallest models should take at most."""
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured."""
+
+    rounds: int
+    seconds: float
+    """Of each measurement."""
+    sizes: tuple[tuple[int, int], ...] = SIZES
+
+
+FULL = Plan(rounds=5, seconds=0.3)
+QUICK = Plan(rounds=1, seconds=0.02, sizes=SIZES[:1])
+
+
 def main() -> None:
-    """Measure, print, write."""
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a few seconds, to see that it works")
-    parser.add_argument("--output", type=Path, default=report.RESULTS, help="folder for the results")
-    options = parser.parse_args()
-    sizes, rounds, seconds = (SIZES[:1], 1, 0.02) if options.quick else (SIZES, 5, 0.3)
+    """Measure, report, write."""
+    options = parse(make_parser(__doc__), FULL, QUICK)
+    plan = options.plan
     results = report.environment("modelcache", "xgboost-cpu", "onnxruntime", "numpy") | {"benchmark": "engines"}
-    results["cases"] = [asyncio.run(compare(trees, depth, rounds, seconds)) for trees, depth in sizes]
-    results["rounds"] = rounds
+    results["cases"] = [asyncio.run(compare(trees, depth, plan.rounds, plan.seconds)) for trees, depth in plan.sizes]
+    results["rounds"] = plan.rounds
     table = make_table(results)
-    report.console().print(table.rich(), "", _claim(results))
-    options.output.mkdir(parents=True, exist_ok=True)
-    report.write_json(options.output / "engines.json", results)
-    (options.output / "engines.md").write_text(_page(results, table))
-    plot_engines(results, options.output / "engines.png")
+    publish(
+        "engines", results, [table], [_claim(results)],
+        page=_page(results, table), plot=plot_engines, folder=options.output,
+    )  # fmt: skip
 
 
 def make_table(results: dict[str, Any]) -> report.Table:

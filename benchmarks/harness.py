@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
-from itertools import cycle, takewhile
+from itertools import cycle
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Self
@@ -157,9 +157,12 @@ async def _obey(rival: Rival, kinds: dict[str, list[Question]], order: dict[str,
 
 
 def for_a_while(questions: list[Question], seconds: float) -> Iterator[Question]:
-    """Yield ``questions`` again and again until so many seconds have passed."""
+    """Yield ``questions`` again and again until so many seconds have passed; one, if the machine was that slow."""
     end = perf_counter() + seconds
-    return takewhile(lambda _: perf_counter() < end, cycle(questions))
+    for question in cycle(questions):
+        yield question
+        if perf_counter() >= end:
+            return
 
 
 async def standard_input() -> asyncio.StreamReader:

@@ -10,14 +10,13 @@ import asyncio
 import json
 import sys
 from functools import lru_cache
-from itertools import cycle, takewhile
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from harness import Question, closed_loop, cpu_seconds, figures, standard_input, tell
+from harness import Question, closed_loop, cpu_seconds, figures, for_a_while, standard_input, tell
 from models import ONE, cold_names, read_questions
 from rivals import ModelCache, Processes, Rival, Threads, load_booster
 
@@ -172,8 +171,7 @@ class Serving:
         }
 
     async def _call(self, seconds: float) -> Any:
-        end = perf_counter() + seconds
-        return await closed_loop(self._rival, takewhile(lambda _: perf_counter() < end, cycle(self._warm)), CLIENTS)
+        return await closed_loop(self._rival, for_a_while(self._warm, seconds), CLIENTS)
 
 
 async def serve(rival: Stormy, folder: Path) -> None:

@@ -11,16 +11,16 @@ ask in a closed loop, and each answer is compared with XGBoost's own, bit for bi
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import Progress
 
 import report
+from command import make_parser, parse, publish
 from comparing import Claim, case_table, check_claims, claim_line, entry
 from harness import ENVIRONMENT, Contender
 from models import DEPTH, NAMES, ONE, THOUSAND, TREES, copies, make_fleet
@@ -28,6 +28,8 @@ from plots import plot_latency
 from rivals import RIVALS, YARDSTICK
 
 if TYPE_CHECKING:
+    import argparse
+
     Round = dict[str, float]
 
 
@@ -73,35 +75,22 @@ QUICK = Plan(rounds=2, seconds=0.03, warm_up=0.02, first_calls=10)
 def main() -> None:
     """Measure, report, write."""
     options = _options()
-    console = report.console()
     with tempfile.TemporaryDirectory(prefix="modelcache-latency-") as folder:
         results = measure(Path(folder), options.plan, options.rivals)
     results["claims"] = check_claims(CLAIMS, results["cases"])
     tables = make_tables(results)
-    for table in tables:
-        console.print(table.rich(), "")
-    for claim in results["claims"]:
-        console.print(claim_line(claim))
-    options.output.mkdir(parents=True, exist_ok=True)
-    report.write_json(options.output / "latency.json", results)
-    (options.output / "latency.md").write_text(_page(results, tables))
-    plot_latency(results, options.output / "latency.png")
+    publish(
+        "latency", results, tables, map(claim_line, results["claims"]),
+        page=_page(results, tables), plot=plot_latency, folder=options.output,
+    )  # fmt: skip
     if set(_README_RIVALS) <= set(options.rivals):
         (options.output / "readme.md").write_text(_readme(results))
-    console.print(f"Written to {options.output}: latency.json, latency.md, latency.png, readme.md")
 
 
 def _options() -> argparse.Namespace:
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a few seconds, to see that it works")
-    parser.add_argument("--rounds", type=int, help="how often the rivals take turns")
+    parser = make_parser(__doc__, RIVALS)
     parser.add_argument("--seconds", type=float, help="length of one warm measurement")
-    parser.add_argument("--rivals", nargs="+", choices=tuple(RIVALS), default=list(RIVALS), metavar="KEY")
-    parser.add_argument("--output", type=Path, default=report.RESULTS, help="folder for the results")
-    options = parser.parse_args()
-    plan = QUICK if options.quick else FULL
-    options.plan = replace(plan, rounds=options.rounds or plan.rounds, seconds=options.seconds or plan.seconds)
+    options = parse(parser, FULL, QUICK)
     if YARDSTICK not in options.rivals:
         options.rivals.append(YARDSTICK)
     return options

@@ -11,17 +11,17 @@ each answer is compared with XGBoost's own, bit for bit, after the clock has sto
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import Progress
 
 import report
+from command import make_parser, parse, publish
 from comparing import Claim, check_claims, claim_line, correctness, entry
 from harness import ENVIRONMENT, Contender
 from many_rivals import RIVALS, names_of
@@ -30,6 +30,8 @@ from plots import plot_many_models
 from rivals import YARDSTICK
 
 if TYPE_CHECKING:
+    import argparse
+
     Round = dict[str, float]
     Rounds = dict[tuple[str, str, int], list[Round]]
 
@@ -87,37 +89,27 @@ CLAIMS = (
 def main() -> None:
     """Measure, report, write."""
     options = _options()
-    console = report.console()
     with tempfile.TemporaryDirectory(prefix="modelcache-many-") as folder:
         results = measure(Path(folder), options.plan, options.rivals)
     results["claims"] = check_claims(CLAIMS, [*results["cases"], *results["memory"]])
     tables = make_tables(results)
-    for table in tables:
-        console.print(table.rich(), "")
-    for line in _claims(results):
-        console.print(line)
-    options.output.mkdir(parents=True, exist_ok=True)
-    report.write_json(options.output / "many_models.json", results)
-    (options.output / "many_models.md").write_text(_page(results, tables))
-    plot_many_models(results, options.output / "many_models.png")
-    console.print(f"Written to {options.output}: many_models.json, many_models.md, many_models.png")
+    publish(
+        "many_models", results, tables, _claims(results),
+        page=_page(results, tables), plot=plot_many_models, folder=options.output,
+    )  # fmt: skip
 
 
 def _options() -> argparse.Namespace:
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a few seconds, to see that it works")
-    parser.add_argument("--rounds", type=int, help="how often the rivals take turns")
-    parser.add_argument("--counts", type=int, nargs="+", help="numbers of resident models")
-    parser.add_argument("--rivals", nargs="+", choices=tuple(RIVALS), default=list(RIVALS), metavar="KEY")
-    parser.add_argument("--output", type=Path, default=report.RESULTS, help="folder for the results")
-    options = parser.parse_args()
-    plan = QUICK if options.quick else FULL
-    counts = tuple(sorted(options.counts)) if options.counts else plan.counts
-    options.plan = replace(plan, rounds=options.rounds or plan.rounds, counts=counts)
+    parser = make_parser(__doc__, RIVALS)
+    parser.add_argument("--counts", type=_counts, metavar="N,N", help="numbers of resident models")
+    options = parse(parser, FULL, QUICK)
     if YARDSTICK not in options.rivals:
         options.rivals.append(YARDSTICK)
     return options
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(sorted(map(int, text.split(","))))
 
 
 # Measuring

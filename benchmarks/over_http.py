@@ -13,16 +13,16 @@ It is not called http.py, since Python would then find it in the place of its ow
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import Progress
 
 import report
+from command import make_parser, parse, publish
 from comparing import Claim, case_table, check_claims, claim_line, entry
 from harness import ENVIRONMENT, Contender
 from http_rivals import RIVALS
@@ -68,33 +68,15 @@ CLAIMS = tuple(
 
 def main() -> None:
     """Measure, report, write."""
-    options = _options()
-    console = report.console()
+    options = parse(make_parser(__doc__), FULL, QUICK)
     with tempfile.TemporaryDirectory(prefix="modelcache-http-") as folder:
         results = measure(Path(folder), options.plan)
     results["claims"] = check_claims(CLAIMS, results["cases"])
     tables = [_table(results, case) for case in CASES]
-    for table in tables:
-        console.print(table.rich(), "")
-    for line in _findings(results):
-        console.print(line)
-    options.output.mkdir(parents=True, exist_ok=True)
-    report.write_json(options.output / "over_http.json", results)
-    (options.output / "over_http.md").write_text(_page(results, tables))
-    plot_over_http(results, options.output / "over_http.png")
-    console.print(f"Written to {options.output}: over_http.json, over_http.md, over_http.png")
-
-
-def _options() -> argparse.Namespace:
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a few seconds, to see that it works")
-    parser.add_argument("--rounds", type=int, help="how often the rivals take turns")
-    parser.add_argument("--output", type=Path, default=report.RESULTS, help="folder for the results")
-    options = parser.parse_args()
-    plan = QUICK if options.quick else FULL
-    options.plan = replace(plan, rounds=options.rounds or plan.rounds)
-    return options
+    publish(
+        "over_http", results, tables, _findings(results),
+        page=_page(results, tables), plot=plot_over_http, folder=options.output,
+    )  # fmt: skip
 
 
 # Measuring

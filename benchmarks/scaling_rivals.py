@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import psutil
 
-from harness import Question, closed_loop, figures, standard_input, tell
+from harness import Question, closed_loop, figures, for_a_while, standard_input, tell
 from models import HOT, read_questions
 from rivals import Direct, ModelCacheArray, Rival, Threads
 
@@ -94,8 +94,7 @@ class Serving:
         return [question for question in self._questions if question.name in names]
 
     def _for(self, seconds: float, models: int) -> Iterator[Question]:
-        end = perf_counter() + seconds
-        return takewhile(lambda _: perf_counter() < end, cycle(self._of(models)))
+        return for_a_while(self._of(models), seconds)
 
 
 def _cpu_of_children() -> float:

@@ -12,16 +12,16 @@ their own, and each answer is compared with XGBoost's own, bit for bit, after th
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import Progress
 
 import report
+from command import make_parser, parse, publish
 from comparing import Claim, case_table, check_claims, claim_line, entry
 from harness import ENVIRONMENT, Contender
 from models import DEPTH, HUNDRED, NAMES, ONE, TREES, make_fleet
@@ -30,6 +30,7 @@ from rivals import YARDSTICK
 from throughput_rivals import DEADLINE, HEAVY, QUEUE_LIMIT, RIVALS
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Sequence
 
     Round = dict[str, float]
@@ -66,33 +67,19 @@ QUICK = Plan(rounds=2, seconds=0.1, open_seconds=0.2, warm_up=0.05, heavy_trees=
 def main() -> None:
     """Measure, report, write."""
     options = _options()
-    console = report.console()
     with tempfile.TemporaryDirectory(prefix="modelcache-throughput-") as folder:
         results = measure(Path(folder), options.plan, options.rivals)
     results["claims"] = _claims(results)
     tables = make_tables(results)
-    for table in tables:
-        console.print(table.rich(), "")
-    for claim in results["claims"]:
-        console.print(_line(claim))
-    options.output.mkdir(parents=True, exist_ok=True)
-    report.write_json(options.output / "throughput.json", results)
-    (options.output / "throughput.md").write_text(_page(results, tables))
-    plot_throughput(results, options.output / "throughput.png")
-    console.print(f"Written to {options.output}: throughput.json, throughput.md, throughput.png")
+    publish(
+        "throughput", results, tables, map(_line, results["claims"]),
+        page=_page(results, tables), plot=plot_throughput, folder=options.output,
+    )  # fmt: skip
 
 
 def _options() -> argparse.Namespace:
-    assert __doc__ is not None
     keys = tuple(RIVALS | HEAVY)
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a few seconds, to see that it works")
-    parser.add_argument("--rounds", type=int, help="how often the rivals take turns")
-    parser.add_argument("--rivals", nargs="+", choices=keys, default=list(keys), metavar="KEY")
-    parser.add_argument("--output", type=Path, default=report.RESULTS, help="folder for the results")
-    options = parser.parse_args()
-    plan = QUICK if options.quick else FULL
-    options.plan = replace(plan, rounds=options.rounds or plan.rounds)
+    options = parse(make_parser(__doc__, keys), FULL, QUICK)
     needed = {YARDSTICK, "direct", *(MEASURED_BY[key] for key in options.rivals if key in MEASURED_BY)}
     options.rivals = [key for key in keys if key in needed | set(options.rivals)]
     return options
