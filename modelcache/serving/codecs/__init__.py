@@ -19,7 +19,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from modelcache.serving.codecs import csv_text, json_text
+from modelcache.serving.codecs import csv_text, json_text, libsvm, recordio
 from modelcache.serving.codecs.accepting import choose
 from modelcache.serving.codecs.base import Decoder, Encoder, parse_header, shown
 from modelcache.serving.errors import UnsupportedMediaTypeError
@@ -33,6 +33,9 @@ __all__ = ["CONTENT_TYPES", "MEDIA_TYPES", "Decoder", "Encoder", "decoder_for", 
 
 _DECODERS: dict[str, Callable[[Header, int], Decoder]] = {
     "text/csv": lambda header, _: csv_text.decoder(header.parameters),
+    "text/libsvm": lambda header, index_base: libsvm.decoder(header.parameters, index_base),
+    "text/x-libsvm": lambda header, index_base: libsvm.decoder(header.parameters, index_base),
+    "application/x-recordio-protobuf": lambda _header, _: recordio.decoder(),
     "application/json": lambda _header, _: json_text.decoder(),
     "application/jsonlines": lambda _header, _: json_text.lines_decoder(),
 }
