@@ -19,7 +19,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from modelcache.serving.codecs import csv_text, json_text, libsvm, recordio
+from modelcache.serving.codecs import arrow, csv_text, json_text, libsvm, npy, recordio
 from modelcache.serving.codecs.accepting import choose
 from modelcache.serving.codecs.base import Decoder, Encoder, parse_header, shown
 from modelcache.serving.errors import UnsupportedMediaTypeError
@@ -38,11 +38,15 @@ _DECODERS: dict[str, Callable[[Header, int], Decoder]] = {
     "application/x-recordio-protobuf": lambda _header, _: recordio.decoder(),
     "application/json": lambda _header, _: json_text.decoder(),
     "application/jsonlines": lambda _header, _: json_text.lines_decoder(),
+    "application/x-npy": lambda _header, _: npy.decoder(),
+    arrow.MEDIA_TYPE: lambda _header, _: arrow.decoder(),
 }
 _ENCODERS: dict[str, Callable[[], Encoder]] = {
     "text/csv": lambda: Encoder("text/csv", csv_text.encode),
     "application/json": lambda: Encoder("application/json", json_text.encode),
     "application/jsonlines": lambda: Encoder("application/jsonlines", json_text.encode_lines),
+    "application/x-npy": lambda: Encoder("application/x-npy", npy.encode),
+    arrow.MEDIA_TYPE: arrow.encoder,
 }
 _BARE_JSON = Encoder("application/json", json_text.encode_bare)
 
