@@ -396,6 +396,11 @@ class ModelRegistry:
         """Return the resident models, least recently used first."""
         return [self._state.info(entry) for entry in self._state.ledger.table.values()]
 
+    def peek(self, name: str) -> ModelInfo | None:
+        """Describe ``name`` if it is resident, else return None; loads nothing, and counts as no use of it."""
+        entry = self._leasing.find(name)
+        return self._state.info(entry) if entry is not None else None
+
     async def names(self, prefix: str = "") -> AsyncIterator[str]:
         """Yield what the store offers, as :meth:`predict` takes it, each name once."""
         self._life.check()

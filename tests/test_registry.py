@@ -223,6 +223,19 @@ async def test_a_name_with_its_suffix_is_the_same_model(make_registry: MakeRegis
     assert [info.name for info in registry.loaded()] == ["tenant_a/Houston_TX.ubj"]
 
 
+async def test_a_look_at_a_model_is_no_use_of_it(make_registry: MakeRegistry, store: MemoryStore) -> None:
+    """peek describes what is resident, by any of its names; it loads nothing and counts no hit."""
+    registry = await make_registry(store)
+    assert registry.peek("Chicago_IL") is None
+    assert registry.stats().loads == 0
+    await registry.load("Chicago_IL.tar.gz")
+    for name in ("Chicago_IL", "Chicago_IL.tar.gz"):
+        info = registry.peek(name)
+        assert info is not None and info.name == "Chicago_IL.tar.gz"
+    assert registry.peek("../etc/passwd") is None
+    assert registry.stats().hits == 0
+
+
 async def test_names_are_those_of_the_store(make_registry: MakeRegistry, store: MemoryStore) -> None:
     """names() yields each model once as predict takes it; a store that cannot list says so."""
     registry = await make_registry(store)
