@@ -12,3 +12,5 @@ from modelcache.errors import MissingDependencyError
 for _package in ("starlette", "orjson", "google.protobuf"):
     if not find_spec(_package.partition(".")[0]):
         raise MissingDependencyError(f"modelcache.serving needs {_package}: pip install 'modelcache[serve]'")
+
+from modelcache.serving.sagemaker_app import sagemaker as sagemaker  # noqa: E402 - after the check above

@@ -1,0 +1,545 @@
+"""SageMaker's protocols, request by request: the container's routes, and what the runtime answers."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import httpx
+import numpy as np
+import pytest
+from starlette.exceptions import HTTPException
+
+import zoo
+from modelcache import (
+    BudgetTimeoutError,
+    LoadTimeoutError,
+    MemoryStore,
+    ModelCacheError,
+    ModelRegistry,
+    ModelTooLargeError,
+    OverloadedError,
+    PredictTimeoutError,
+    RegistryClosedError,
+    StoreAccessDeniedError,
+    StoreUnavailableError,
+    WorkerCrashedError,
+    errors,
+)
+from modelcache.serving import sagemaker, sagemaker_errors, sagemaker_models
+from modelcache.testing import GatedStore
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from starlette.requests import Request
+
+    from conftest import MakeRegistry
+    from modelcache import ModelInfo
+
+ROWS = zoo.rows(3)
+MODEL, OTHER = zoo.model(), zoo.model(seed=1)
+ARTIFACTS = {
+    "Houston_TX.tar.gz": MODEL.targz,
+    "tenant a/New York, NY.tar.gz": OTHER.targz,
+    "Zürich.ubj": OTHER.ubj,
+    "50%2F50.ubj": OTHER.ubj,
+    "damaged.ubj": MODEL.ubj[:-100],
+    "classes.ubj": zoo.model("multiclass").ubj,
+}
+CSV = {"content-type": "text/csv"}
+TARGET = "x-amzn-sagemaker-target-model"
+
+
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+async def shared() -> AsyncIterator[ModelRegistry]:
+    """One registry for the tests that leave it as it is, but for what it has loaded."""
+    async with ModelRegistry(MemoryStore(ARTIFACTS), workers=1, memory_budget="64 MiB") as registry:
+        yield registry
+
+
+@pytest.fixture(scope="module")
+async def client(shared: ModelRegistry) -> AsyncIterator[httpx.AsyncClient]:
+    async with client_of(shared) as client:
+        yield client
+
+
+def client_of(registry: ModelRegistry, **options: Any) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(sagemaker(registry, **options), raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://server")
+
+
+def csv(rows: Any) -> bytes:
+    """As the examples of SageMaker write it; missing cells are empty."""
+    return b"".join(b",".join(b"" if np.isnan(x) else repr(float(x)).encode() for x in row) + b"\n" for row in rows)
+
+
+def as_bytes(target: bytes) -> dict[bytes, bytes]:
+    return {TARGET.encode(): target, b"content-type": b"text/csv"}
+
+
+def floats(numbers: Any) -> Any:
+    return np.array(numbers, np.float32)
+
+
+async def call(client: httpx.AsyncClient, model: str = "Houston_TX.tar.gz", **headers: str) -> httpx.Response:
+    """POST /endpoints/e/invocations."""
+    named = {key.replace("_", "-"): value for key, value in headers.items()}
+    return await client.post("/endpoints/e/invocations", content=csv(ROWS), headers={TARGET: model, **CSV, **named})
+
+
+# Forms of calls and answers
+
+
+async def test_each_form_has_its_own_answer_by_default(client: httpx.AsyncClient) -> None:
+    """Without an Accept the multi-model forms answer with a bare JSON array, the single-container form with CSV."""
+    expected = MODEL.expected(ROWS)
+    multi = await client.post("/models/Houston_TX.tar.gz/invoke", content=csv(ROWS), headers=CSV)
+    for response in (await call(client), multi):
+        assert (response.status_code, response.headers["content-type"]) == (200, "application/json")
+        assert np.array_equal(floats(response.json()), expected)
+    single = await client.post("/invocations", content=csv(ROWS), headers={TARGET: "Houston_TX", **CSV})
+    assert (single.status_code, single.headers["content-type"]) == (200, "text/csv")
+    assert np.array_equal(floats(single.text.replace(",", "\n").split()), expected)
+
+
+async def test_the_client_chooses_what_it_gets(client: httpx.AsyncClient) -> None:
+    """Accept decides; the single-container form's JSON holds predictions with scores; */* leaves it to the server."""
+    expected = MODEL.expected(ROWS)
+    as_csv = await call(client, accept="text/csv")
+    assert as_csv.headers["content-type"] == "text/csv"
+    assert np.array_equal(floats(as_csv.text.replace(",", "\n").split()), expected)
+    single = await client.post(
+        "/invocations", content=csv(ROWS), headers={TARGET: "Houston_TX", "accept": "application/json", **CSV}
+    )
+    assert [list(one) for one in single.json()["predictions"]] == [["score"]] * 3
+    assert np.array_equal(floats([one["score"] for one in single.json()["predictions"]]), expected)
+    assert (await call(client, accept="*/*")).headers["content-type"] == "application/json"
+    classes = await call(client, "classes")
+    assert np.array_equal(floats(classes.json()), zoo.model("multiclass").expected(ROWS))
+
+
+async def test_sparse_rows_are_as_wide_as_the_model(client: httpx.AsyncClient) -> None:
+    """A libsvm body does not say how many columns there are: the model is loaded to know; 0 rows wide is no guess."""
+    lines = b"".join(
+        b"0 " + b" ".join(b"%d:%r" % (i, float(x)) for i, x in enumerate(row[:-1]) if not np.isnan(x)) + b"\n"
+        for row in ROWS
+    )
+    rows = ROWS.copy()
+    rows[:, -1] = np.nan
+    for _ in range(2):
+        response = await client.post(
+            "/models/Houston_TX.tar.gz/invoke", content=lines, headers={"content-type": "text/libsvm"}
+        )
+        assert np.array_equal(floats(response.json()), MODEL.expected(rows))
+
+
+async def test_a_large_body_is_answered_like_a_small_one(client: httpx.AsyncClient) -> None:
+    """Bodies that take long to read are read in a thread, with the same answer."""
+    rows = zoo.rows(20_000)
+    response = await client.post("/models/Houston_TX.tar.gz/invoke", content=csv(rows), headers=CSV)
+    assert np.array_equal(floats(response.json()), MODEL.expected(rows))
+
+
+async def test_headers_come_back(client: httpx.AsyncClient) -> None:
+    """Custom attributes and the inference id are echoed, and the variant that answered is named."""
+    sent = {"x-amzn-sagemaker-custom-attributes": "trace=1; user", "x-amzn-sagemaker-inference-id": "id 7"}
+    response = await call(client, **sent)
+    assert {key: response.headers[key] for key in sent} == sent
+    assert response.headers["x-amzn-invoked-production-variant"] == "AllTraffic"
+    chosen = await call(client, x_amzn_sagemaker_target_variant="canary")
+    assert chosen.headers["x-amzn-invoked-production-variant"] == "canary"
+    for path in ("/invocations", "/models/Houston_TX/invoke"):
+        response = await client.post(path, content=csv(ROWS), headers={TARGET: "Houston_TX", **CSV, **sent})
+        assert {key: response.headers[key] for key in sent} == sent
+
+
+async def test_an_empty_body_has_an_empty_answer(client: httpx.AsyncClient) -> None:
+    """No rows are no mistake: 204, whatever the content type."""
+    for path in ("/endpoints/e/invocations", "/invocations", "/models/Houston_TX/invoke"):
+        response = await client.post(path, headers={TARGET: "Houston_TX", "content-type": "a/b"})
+        assert (response.status_code, response.content) == (204, b"")
+        assert "content-length" not in response.headers
+
+
+@pytest.mark.parametrize("name", ["tenant a/New York, NY.tar.gz", "tenant a/New York, NY", "Zürich", "50%2F50"])
+async def test_names_are_taken_as_they_are(client: httpx.AsyncClient, name: str) -> None:
+    """A header's name is never URL-decoded, and may be UTF-8; a path's is percent-encoded, slashes or not."""
+    expected = OTHER.expected(ROWS)
+    response = await client.post("/invocations", content=csv(ROWS), headers=as_bytes(name.encode()))
+    assert np.array_equal(floats(response.text.replace(",", "\n").split()), expected)
+    for safe in ("", "/"):
+        path = "/models/" + quote(name, safe)
+        response = await client.post(f"{path}/invoke", content=csv(ROWS), headers=CSV)
+        assert np.array_equal(floats(response.json()), expected)
+        assert (await client.get(path)).json() == {"modelName": name, "modelUrl": name}
+
+
+async def test_a_name_in_latin_1(client: httpx.AsyncClient) -> None:
+    """A header that is no UTF-8 is Latin-1, as HTTP used to say."""
+    headers = as_bytes("Zürich".encode("latin-1"))
+    response = await client.post("/invocations", content=csv(ROWS), headers=headers)
+    assert response.status_code == 200
+
+
+# Failures
+
+
+@pytest.mark.parametrize(
+    ("model", "body", "headers", "status", "kind"),
+    [
+        ("missing", b"1,2,3,4,5,6", {}, 404, "ModelNotFoundError"),
+        ("../secret", b"1,2,3,4,5,6", {}, 400, "InvalidModelNameError"),
+        ("damaged", b"1,2,3,4,5,6", {}, 422, "CorruptArtifactError"),
+        ("Houston_TX", b"1,2,3", {}, 400, "FeatureMismatchError"),
+        ("Houston_TX", b"1,2,x,4,5,6", {}, 400, "InvalidInputError"),
+        ("Houston_TX", b"1,2,3,4,5,6", {"content-type": "image/png"}, 415, "UnsupportedMediaTypeError"),
+        ("Houston_TX", b"1,2,3,4,5,6", {"accept": "image/png"}, 406, "NotAcceptableError"),
+        ("Houston_TX", b"1,2,3,4,5,6", {"content-encoding": "br"}, 415, "UnsupportedMediaTypeError"),
+        ("Houston_TX", b"1,2,3,4,5,6", {"content-encoding": "gzip"}, 400, "RequestError"),
+        ("Houston_TX", b"1" * 6_291_457, {}, 413, "PayloadTooLargeError"),
+        ("", b"1,2,3,4,5,6", {}, 400, "RequestError"),
+    ],
+)
+async def test_a_client_s_mistake_is_never_the_server_s(
+    client: httpx.AsyncClient, *, model: str, body: bytes, headers: dict[str, str], status: int, kind: str
+) -> None:
+    """What is wrong with a request is a 4xx of its own kind; the runtime wraps what a container says in ModelError."""
+    headers = {**CSV, **headers, TARGET: model}
+    response = await client.post("/invocations", content=body, headers=headers)
+    told = response.json()
+    assert (response.status_code, told["code"], told["type"]) == (status, status, kind)
+    runtime = await client.post("/endpoints/e/invocations", content=body, headers=headers)
+    error = runtime.headers["x-amzn-errortype"]
+    if error == "ModelError":
+        assert runtime.status_code == 424
+        assert runtime.json()["OriginalStatusCode"] == status
+        original = runtime.json()["OriginalMessage"]  # each form prefers another type, and lists that first
+        assert sorted(original) == sorted(told["message"])
+        assert f"client error ({status})" in runtime.json()["Message"]
+    else:
+        assert error == "ValidationError"
+        assert runtime.status_code == (413 if status == 413 else 400)
+        assert runtime.json() == {"Message": told["message"]}
+
+
+async def test_a_missing_target_says_which_header_to_send(client: httpx.AsyncClient) -> None:
+    """Who names no model is told where to name it."""
+    response = await client.post("/endpoints/e/invocations", content=csv(ROWS), headers=CSV)
+    assert response.headers["x-amzn-errortype"] == "ValidationError"
+    assert "X-Amzn-SageMaker-Target-Model" in response.json()["Message"]
+
+
+async def test_unknown_routes_and_methods(client: httpx.AsyncClient) -> None:
+    """They are refused in the dialect of their path, with bodies of JSON."""
+    response = await client.get("/nowhere")
+    assert (response.status_code, response.json()["code"], response.json()["type"]) == (404, 404, "NotFound")
+    response = await client.get("/invocations")
+    assert (response.status_code, response.headers["allow"]) == (405, "POST")
+    response = await client.get("/endpoints/e/invocations")
+    assert (response.status_code, response.json()) == (405, {"Message": "Method Not Allowed"})
+
+
+@pytest.mark.parametrize(
+    ("error", "container", "runtime", "kind"),
+    [
+        (StoreUnavailableError("x"), 502, 503, "ServiceUnavailable"),
+        (StoreAccessDeniedError("x"), 403, 400, "ValidationError"),
+        (ModelTooLargeError("x"), 507, 424, "ModelError"),
+        (BudgetTimeoutError("x"), 507, 503, "ServiceUnavailable"),
+        (LoadTimeoutError("x", retry_after=2.1), 504, 429, "ModelNotReadyException"),
+        (PredictTimeoutError("x", retry_after=2.1), 504, 424, "ModelError"),
+        (OverloadedError("x", retry_after=2.1), 503, 503, "ServiceUnavailable"),
+        (RegistryClosedError("x"), 503, 503, "ServiceUnavailable"),
+        (WorkerCrashedError("x"), 500, 424, "ModelError"),
+        (ModelCacheError("x"), 500, 424, "ModelError"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
+)
+async def test_the_server_s_failures(
+    shared: ModelRegistry,
+    client: httpx.AsyncClient,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    error: ModelCacheError,
+    container: int,
+    runtime: int,
+    kind: str,
+) -> None:
+    """Each has its status in both dialects, and says when to come back where that can help."""
+
+    async def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(shared, "predict", fail)
+    response = await client.post("/models/Houston_TX/invoke", content=csv(ROWS), headers=CSV)
+    assert (response.status_code, response.json()["type"]) == (container, type(error).__name__)
+    again = "3" if error.retry_after else "1" if container == 503 else None
+    assert response.headers.get("retry-after") == again
+    response = await call(client)
+    assert (response.status_code, response.headers["x-amzn-errortype"]) == (runtime, kind)
+    assert response.headers.get("retry-after") == (None if runtime in (400, 424) else "3" if error.retry_after else "1")
+
+
+def test_each_error_has_its_line() -> None:
+    """The table says what becomes of every error there is, but for the kinds of those that it names."""
+    table = sagemaker_errors.__doc__ or ""
+    for name in errors.__all__:
+        listed = [base.__name__ for base in getattr(errors, name).__mro__ if f"\n{base.__name__} " in table]
+        assert listed or name in ("ModelCacheError", "MissingDependencyError"), name
+
+
+async def test_a_bug_is_an_internal_failure(
+    shared: ModelRegistry, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What nobody has foreseen is a 500 that tells the client nothing, in both dialects."""
+
+    async def fail(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("secret")
+
+    monkeypatch.setattr(shared, "predict", fail)
+    response = await call(client)
+    assert (response.status_code, response.headers["x-amzn-errortype"]) == (500, "InternalFailure")
+    assert "secret" not in response.text
+    response = await client.post("/models/a/invoke", content=csv(ROWS), headers=CSV)
+    assert (response.status_code, response.json()["type"]) == (500, "InternalServerError")
+    assert "secret" not in response.text
+
+
+# The container's routes
+
+
+async def test_ping_and_execution_parameters(client: httpx.AsyncClient) -> None:
+    """The platform's two questions before it sends anything."""
+    response = await client.get("/ping")
+    assert (response.status_code, response.content) == (200, b"")
+    assert (await client.get("/execution-parameters")).json() == {
+        "MaxConcurrentTransforms": 1, "BatchStrategy": "MULTI_RECORD", "MaxPayloadInMB": 6,
+    }  # fmt: skip
+
+
+async def test_a_model_is_loaded_described_and_unloaded(make_registry: MakeRegistry) -> None:
+    """POST loads and DELETE frees, each once: the second time they are 409 and 404."""
+    registry = await make_registry(MemoryStore(ARTIFACTS))
+    async with client_of(registry) as client:
+        load = {"model_name": "Houston_TX.tar.gz", "url": "Houston_TX.tar.gz"}
+        path = "/models/Houston_TX.tar.gz"
+        assert (await client.get(path)).status_code == 404
+        assert (await client.delete(path)).status_code == 404
+        assert (await client.post("/models", json=load)).status_code == 200
+        assert (await client.post("/models", json=load)).status_code == 409
+        described = {"modelName": load["model_name"], "modelUrl": load["url"]}
+        assert (await client.get(path)).json() == described
+        assert (await client.get("/models")).json() == {"models": [described]}
+        assert (await client.delete(path)).status_code == 200
+        assert registry.stats().bytes_resident == registry.stats().bytes_unloading == 0
+        assert (await client.delete(path)).status_code == 404
+        assert (await client.get("/models")).json() == {"models": []}
+
+
+async def test_a_name_may_be_another_than_the_artifact_s(make_registry: MakeRegistry) -> None:
+    """The platform calls models by hashes: a name is given by POST, outlives an eviction, and ends with DELETE."""
+    registry = await make_registry(MemoryStore(ARTIFACTS))
+    async with client_of(registry, store_url="s3://bucket/models/") as client:
+        load = {"model_name": "5e2a/x", "url": "s3://bucket/models/tenant a/New York, NY.tar.gz"}
+        assert (await client.post("/models", json=load)).status_code == 200
+        assert (await client.get("/models/5e2a/x")).json()["modelUrl"] == load["url"]
+        assert [model["modelName"] for model in (await client.get("/models")).json()["models"]] == ["5e2a/x"]
+        invoked = await client.post("/models/5e2a/x/invoke", content=csv(ROWS), headers=CSV)
+        assert np.array_equal(floats(invoked.json()), OTHER.expected(ROWS))
+        await registry.unload("tenant a/New York, NY.tar.gz")
+        assert (await client.get("/models/5e2a/x")).status_code == 404
+        assert (await client.post("/models/5e2a/x/invoke", content=csv(ROWS), headers=CSV)).status_code == 200
+        assert (await client.delete("/models/5e2a/x")).status_code == 200
+        assert (await client.post("/models/5e2a/x/invoke", content=csv(ROWS), headers=CSV)).status_code == 404
+
+
+async def test_a_name_is_given_again(make_registry: MakeRegistry) -> None:
+    """A name whose model was evicted may be loaded anew, from another artifact; if that fails it stays what it was."""
+    registry = await make_registry(MemoryStore(ARTIFACTS))
+    async with client_of(registry) as client:
+        for url, status in (("Houston_TX.tar.gz", 200), ("damaged", 422), ("missing", 404)):
+            assert (await client.post("/models", json={"model_name": "m", "url": url})).status_code == status
+            await registry.unload("Houston_TX")
+        invoked = await client.post("/models/m/invoke", content=csv(ROWS), headers=CSV)
+        assert np.array_equal(floats(invoked.json()), MODEL.expected(ROWS))
+        await registry.unload("Houston_TX")
+        assert (await client.post("/models", json={"model_name": "m", "url": "Zürich"})).status_code == 200
+        invoked = await client.post("/models/m/invoke", content=csv(ROWS), headers=CSV)
+        assert np.array_equal(floats(invoked.json()), OTHER.expected(ROWS))
+        assert (await client.post("/models", json={"model_name": "n", "url": "damaged"})).status_code == 422
+        assert (await client.delete("/models/n")).status_code == 404
+
+
+async def test_a_model_that_is_being_loaded_is_loaded_already(make_registry: MakeRegistry) -> None:
+    """A second POST while the first is under way is a 409; so is one for a name that was used before any POST."""
+    store = GatedStore({"a.ubj": MODEL.ubj})
+    registry = await make_registry(store)
+    async with client_of(registry) as client:
+        load = {"model_name": "m", "url": "a"}
+        first = asyncio.create_task(client.post("/models", json=load))
+        await store.fetched(1)
+        assert (await client.post("/models", json=load)).status_code == 409
+        store.open("a")
+        assert (await first).status_code == 200
+        assert (await client.post("/models", json={"model_name": "a", "url": "a"})).status_code == 409
+
+
+async def test_a_model_without_room_is_a_507(make_registry: MakeRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too large for the budget, or one name more than are kept: the platform unloads something and tries again."""
+    registry = await make_registry(MemoryStore(ARTIFACTS), memory_budget=1000)
+    async with client_of(registry) as client:
+        load = {"model_name": "m", "url": "Houston_TX"}
+        response = await client.post("/models", json=load)
+        assert (response.status_code, response.json()["type"]) == (507, "ModelTooLargeError")
+        monkeypatch.setattr(sagemaker_models, "_MOST_NAMES", 0)
+        response = await client.post("/models", json=load)
+        assert (response.status_code, response.json()["type"]) == (507, "TooManyNamesError")
+
+
+class ForbiddenError(ModelCacheError):
+    http_status = 403
+
+
+class Guarded:
+    """A registry of which a caller, unless it is all his, may use what begins with "a"."""
+
+    def __init__(self, registry: ModelRegistry) -> None:
+        self._registry = registry
+        self.all = True
+
+    def loaded(self) -> list[ModelInfo]:
+        return [info for info in self._registry.loaded() if self.all or info.name.startswith("a")]
+
+    def __getattr__(self, method: str) -> Any:
+        def guarded(name: str, *rows: Any, **options: Any) -> Any:
+            if not self.all and not name.startswith("a"):
+                raise ForbiddenError("not yours")
+            return getattr(self._registry, method)(name, *rows, **options)
+
+        return guarded
+
+
+async def test_a_registry_may_keep_models_from_a_caller(make_registry: MakeRegistry) -> None:
+    """What a registry refuses is a 403, takes no name away, and spoils no list of the others."""
+    registry: Any = Guarded(await make_registry(MemoryStore({"a.ubj": MODEL.ubj, "b.ubj": OTHER.ubj})))
+    async with client_of(registry) as client:
+        for name, url in (("a2", "a"), ("b2", "b"), ("aa", "b")):
+            assert (await client.post("/models", json={"model_name": name, "url": url})).status_code == 200
+        registry.all = False
+        assert (await client.get("/models")).json() == {"models": [{"modelName": "a2", "modelUrl": "a"}]}
+        for name in ("b", "b2", "aa"):
+            assert (await client.get(f"/models/{name}")).status_code == 403
+            assert (await client.delete(f"/models/{name}")).status_code == 403
+            assert (await client.post("/models", json={"model_name": name, "url": "a"})).status_code == 403
+        assert (await client.post("/models", json={"model_name": "a3", "url": "b"})).status_code == 403
+        refused = await call(client, "b")
+        assert (refused.status_code, refused.headers["x-amzn-errortype"]) == (403, "AccessDeniedException")
+        registry.all = True
+        names = [model["modelName"] for model in (await client.get("/models")).json()["models"]]
+        assert names == ["a2", "aa", "b2"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"{", b"[]", b'{"model_name": "m"}', b'{"model_name": 1, "url": "Houston_TX"}',
+        b'{"model_name": "../m", "url": "Houston_TX"}', b'{"model_name": "m", "url": "/opt/ml/models/m/model"}',
+        b'{"model_name": "m", "url": "s3://elsewhere/m.tar.gz"}', b'{"model_name": "m", "url": ""}',
+    ],
+)  # fmt: skip
+async def test_a_load_that_makes_no_sense(client: httpx.AsyncClient, body: bytes) -> None:
+    """A body that is none, or a url that is not of this store, is a 400."""
+    assert (await client.post("/models", content=body)).status_code == 400
+
+
+async def test_pages_end_where_the_models_do(make_registry: MakeRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every model is on one page, whatever leaves between two; after the last there is no token, be that one full."""
+    monkeypatch.setattr(sagemaker_models, "PAGE", 2)
+    registry = await make_registry(MemoryStore({f"{name}.ubj": MODEL.ubj for name in "abcde"}))
+    await registry.preload(list("dacb"))
+    async with client_of(registry) as client:
+        first = (await client.get("/models")).json()
+        await registry.unload("a")
+        second = (await client.get("/models", params={"next_page_token": first["nextPageToken"]})).json()
+        assert [model["modelName"] for page in (first, second) for model in page["models"]] == list("abcd")
+        assert "nextPageToken" not in second
+        await registry.load("e")
+        second = (await client.get("/models", params={"next_page_token": first["nextPageToken"]})).json()
+        third = (await client.get("/models", params={"next_page_token": second["nextPageToken"]})).json()
+        assert third == {"models": [{"modelName": "e", "modelUrl": "e"}]}
+        for token in ("x", "é", base64.b64encode(b"\xff").decode()):
+            assert (await client.get("/models", params={"next_page_token": token})).status_code == 400
+
+
+async def test_without_management_nothing_is_loaded_or_unloaded_by_request(shared: ModelRegistry) -> None:
+    """The routes that load and unload can be left out; calls and lists stay."""
+    async with client_of(shared, management=False) as client:
+        assert (await client.post("/models", json={"model_name": "m", "url": "Houston_TX"})).status_code == 405
+        assert (await client.delete("/models/Houston_TX")).status_code == 405
+        assert (await call(client)).status_code == 200
+        assert (await client.get("/models")).status_code == 200
+
+
+# Waiting
+
+
+async def test_a_cold_model_blocks_nobody(make_registry: MakeRegistry) -> None:
+    """While a model loads, /ping and warm calls are answered; who has waited long enough is told to try again."""
+    store = GatedStore({"cold.ubj": OTHER.ubj, "warm.ubj": MODEL.ubj})
+    registry = await make_registry(store)
+    store.open("warm")
+    async with client_of(registry) as client, client_of(registry, timeout=0) as impatient:
+        assert (await call(client, "warm")).status_code == 200
+        first = asyncio.create_task(call(client, "cold"))
+        await store.fetched(2)
+        assert (await client.get("/ping")).status_code == 200
+        assert (await call(client, "warm")).status_code == 200
+        late = await call(impatient, "cold")
+        assert (late.status_code, late.headers["x-amzn-errortype"]) == (429, "ModelNotReadyException")
+        assert int(late.headers["retry-after"]) >= 1
+        sparse = await call(impatient, "cold", content_type="text/libsvm")
+        assert (sparse.status_code, sparse.headers["x-amzn-errortype"]) == (429, "ModelNotReadyException")
+        late = await impatient.post("/models/cold/invoke", content=csv(ROWS), headers=CSV)
+        assert (late.status_code, late.json()["type"]) == (504, "LoadTimeoutError")
+        store.open("cold")
+        assert np.array_equal(floats((await first).json()), OTHER.expected(ROWS))
+        assert store.fetches == ["warm", "cold"]
+
+
+# Verification
+
+
+async def test_requests_are_verified_where_that_is_asked_for(shared: ModelRegistry) -> None:
+    """A verifier sees every request but pings, may read its body, and refuses in the words of AWS."""
+    seen: list[bytes] = []
+
+    async def verify(request: Request) -> None:
+        seen.append(await request.body())
+        if "authorization" not in request.headers:
+            raise HTTPException(403, "The request is not signed.")
+
+    async with client_of(shared, verify=verify, max_body_bytes=1000) as client:
+        assert (await client.get("/ping")).status_code == 200
+        refused = await call(client)
+        assert (refused.status_code, refused.headers["x-amzn-errortype"]) == (403, "AccessDeniedException")
+        assert refused.json() == {"Message": "The request is not signed."}
+        for method, path in (
+            ("GET", "/models"),
+            ("DELETE", "/models/a"),
+            ("POST", "/models"),
+            ("POST", "/invocations"),
+        ):
+            response = await client.request(method, path)
+            assert (response.status_code, response.json()["type"]) == (403, "Forbidden")
+        assert (await call(client, authorization="AWS4-HMAC-SHA256 ...")).status_code == 200
+        assert seen == [csv(ROWS), b"", b"", b"", b"", csv(ROWS)]
+        response = await client.post("/invocations", content=b"1" * 1001)
+        assert response.status_code == 413
