@@ -10,7 +10,9 @@ from urllib.parse import quote
 import httpx
 import numpy as np
 import pytest
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.routing import Mount
 
 import zoo
 from modelcache import (
@@ -486,6 +488,16 @@ async def test_without_management_nothing_is_loaded_or_unloaded_by_request(share
         assert (await client.delete("/models/Houston_TX")).status_code == 405
         assert (await call(client)).status_code == 200
         assert (await client.get("/models")).status_code == 200
+
+
+async def test_below_a_path_of_another_app(shared: ModelRegistry) -> None:
+    """Mounted in an app of yours it answers, and fails, as it does alone."""
+    app = Starlette(routes=[Mount("/sagemaker", sagemaker(shared))])
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server/sagemaker") as client:
+        assert (await call(client)).status_code == 200
+        assert (await call(client, "missing")).headers["x-amzn-errortype"] == "ValidationError"
+        assert (await client.get("/models/missing")).json()["type"] == "NotLoadedError"
+        assert (await client.get("/nowhere")).json()["type"] == "NotFound"
 
 
 # Waiting
