@@ -30,8 +30,8 @@ _VARIANT = b"x-amzn-sagemaker-target-variant"
 _ECHOED = (b"x-amzn-sagemaker-custom-attributes", b"x-amzn-sagemaker-inference-id")
 _ONLY_VARIANT = b"AllTraffic"
 """What SageMaker's SDK calls the one variant of an endpoint."""
-_LARGE = 1 << 18
-"""Bytes of a body, or of predictions, from which on a thread converts them: that takes a millisecond or more."""
+_LARGE = 1 << 15
+"""Bytes of a body, or of predictions, from which on a thread converts them: of CSV that takes a millisecond."""
 _MIB = 1 << 20
 
 
