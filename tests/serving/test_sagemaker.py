@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
+from random import Random
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -30,7 +32,7 @@ from modelcache import (
     WorkerCrashedError,
     errors,
 )
-from modelcache.serving import sagemaker, sagemaker_errors, sagemaker_models
+from modelcache.serving import codecs, sagemaker, sagemaker_errors, sagemaker_models
 from modelcache.testing import GatedStore
 
 if TYPE_CHECKING:
@@ -247,6 +249,38 @@ async def test_unknown_routes_and_methods(client: httpx.AsyncClient) -> None:
     assert (response.status_code, response.headers["allow"]) == (405, "POST")
     response = await client.get("/endpoints/e/invocations")
     assert (response.status_code, response.json()) == (405, {"Message": "Method Not Allowed"})
+
+
+async def test_no_request_is_odd_enough_for_a_5xx(client: httpx.AsyncClient) -> None:
+    """Damaged bodies of all content types, names and headers of any bytes: each is answered, and never by a 5xx."""
+    random = Random(0)
+    npy = io.BytesIO()
+    np.save(npy, ROWS)
+    bodies = {
+        "text/csv": csv(ROWS),
+        "text/libsvm": b"0 0:1 5:2\n",
+        "application/json": b'{"instances": [[1, 2, 3, 4, 5, 6]]}',
+        "application/x-npy": npy.getvalue(),
+    }
+    statuses = set()
+    for _ in range(600):
+        content_type, body = random.choice(list(bodies.items()))
+        damaged = bytearray(body)
+        for _ in range(random.randrange(3)):
+            at = random.randrange(len(damaged))
+            damaged[at : at + random.randrange(2)] = random.randbytes(random.randrange(2))
+        odd = random.randbytes(3).translate(None, b"\r\n")
+        name = random.choice([b"Houston_TX", b"Houston_TX", b"classes", odd])
+        headers = {
+            TARGET.encode(): name,
+            b"content-type": random.choice([content_type] * 9 + list(codecs.CONTENT_TYPES)).encode(),
+            b"accept": random.choice([b"*/*", b"*/*", b"text/csv", b"application/json;q=0.5", b"*/*;q=x", odd]),
+        }
+        path = random.choice(["/invocations", "/endpoints/e/invocations", f"/models/{quote(name)}/invoke"])
+        response = await client.post(path, content=bytes(damaged), headers=headers)
+        assert response.status_code < 500, (path, headers, damaged)
+        statuses.add(response.status_code)
+    assert statuses >= {200, 400, 404, 406, 424}
 
 
 @pytest.mark.parametrize(
