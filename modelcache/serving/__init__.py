@@ -13,4 +13,7 @@ for _package in ("starlette", "orjson", "google.protobuf"):
     if not find_spec(_package.partition(".")[0]):
         raise MissingDependencyError(f"modelcache.serving needs {_package}: pip install 'modelcache[serve]'")
 
-from modelcache.serving.sagemaker_app import sagemaker as sagemaker  # noqa: E402 - after the check above
+from modelcache.serving.open_inference_app import open_inference  # noqa: E402 - says what is missing first
+from modelcache.serving.sagemaker_app import sagemaker  # noqa: E402
+
+__all__ = ["open_inference", "sagemaker"]
