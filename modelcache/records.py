@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -115,6 +115,10 @@ class Summary:
     p50: float = 0.0
     p90: float = 0.0
     p99: float = 0.0
+    below: tuple[int, ...] = field(default=(), repr=False)
+    """How many values are smaller than each of ``bounds``; empty without any value, and for ``model_cache_hit``."""
+    bounds: ClassVar[tuple[float, ...]] = tuple(2.0**exponent for exponent in range(-24, 17))
+    """From 60 nanoseconds to 18 hours, when values are seconds."""
 
     @property
     def mean(self) -> float:

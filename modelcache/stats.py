@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from itertools import accumulate
 from math import frexp, inf
 
 from modelcache.records import Summary
@@ -47,24 +49,27 @@ class Histogram:
 
     def percentile(self, percent: float) -> float:
         """Return the value that ``percent`` of the values do not exceed; 0.0 without any."""
-        rank, seen = self.count * percent / 100, 0
-        for bucket, count in enumerate(self._buckets):
-            seen += count
-            if count and seen >= rank:
-                return min(max(self._middle(bucket), self.min), self.max)
-        return 0.0
+        return self._percentile(percent, tuple(accumulate(self._buckets)))
 
     def summary(self) -> Summary:
         """Return the figures as a record."""
+        sums = tuple(accumulate(self._buckets))
         return Summary(
             count=self.count,
             sum=self.sum,
             min=self.min if self.count else 0.0,
             max=self.max,
-            p50=self.percentile(50),
-            p90=self.percentile(90),
-            p99=self.percentile(99),
+            p50=self._percentile(50, sums),
+            p90=self._percentile(90, sums),
+            p99=self._percentile(99, sums),
+            below=sums[_SUB - 1 :: _SUB] if self.count else (),
         )
+
+    def _percentile(self, percent: float, sums: tuple[int, ...]) -> float:
+        if not self.count:
+            return 0.0
+        bucket = bisect_left(sums, self.count * percent / 100)
+        return min(max(self._middle(bucket), self.min), self.max)
 
     def _middle(self, bucket: int) -> float:
         if bucket == 0:

@@ -270,7 +270,7 @@ def test_records_have_the_documented_fields() -> None:
     """What users read by name; the six figures of SageMaker come first."""
     assert names_of(Invocation) == ["predictions", "model", "tier", "timings"]
     assert names_of(Timings) == ["waiting", "downloading", "loading", "predicting", "total"]
-    assert names_of(Summary) == ["count", "sum", "min", "max", "p50", "p90", "p99"]
+    assert names_of(Summary) == ["count", "sum", "min", "max", "p50", "p90", "p99", "below"]
     assert names_of(RegistryStats)[:6] == [
         "model_loading_wait_time", "model_downloading_time", "model_loading_time", "model_unloading_time",
         "model_cache_hit", "loaded_model_count",

@@ -56,6 +56,14 @@ def test_a_summary_counts_exactly(values: list[float]) -> None:
     assert summary.p50 <= summary.p90 <= summary.p99
 
 
+@given(values=st.lists(st.floats(0, 2**20, width=32), min_size=1, max_size=60))
+@example(values=[0.0, 2**-24, float(np.nextafter(np.float32(1), np.float32(0))), 1.0, 2.0**16])
+def test_a_summary_counts_what_is_below_each_bound(values: list[float]) -> None:
+    """Exactly, but for what differs from a bound by less than a millionth: exporters give distributions that add up."""
+    summary = filled(values).summary()
+    assert summary.below == tuple(sum(value < bound for value in values) for bound in Summary.bounds)
+
+
 def test_an_empty_histogram_is_all_zeros() -> None:
     """Nothing recorded: no infinity shows."""
     assert Histogram().summary() == Summary()
