@@ -342,6 +342,7 @@ class Attempt:
             place.replaced = older.value.version
         waiters = state.flights.land(flight)
         entry = Entry(flight.key, place, size=facts.size, cost=state.cost_of(flight.key, place.load_seconds))
+        entry.past_hits = state.hits_of(flight.key)
         entry.leases = len(waiters)
         entry.pinned = flight.listed and flight.key in state.pinned
         self._worker.charged += facts.size - self._charged

@@ -37,6 +37,8 @@ class Past:
     cause: str = ""
     displaced_by: str | None = None
     hits: int = 0
+    all_hits: int = 0
+    """Those of earlier versions and stays, too."""
     idle: float = 0.0
     failed_at: float | None = None
     error: str = ""
@@ -76,6 +78,8 @@ class History:
         past.cost, past.load_seconds = entry.cost, place.load_seconds
         past.evicted_at, past.cause, past.displaced_by = now, entry.cause, entry.displaced_by
         past.hits, past.idle = entry.hits, idle
+        # What leaves last need not be what was used last: a version may have been held for longer than its successor.
+        past.all_hits = max(past.all_hits, entry.past_hits + entry.hits)
 
     def failed(self, key: str, error: ModelCacheError, now: float) -> None:
         """Take note of a failed load."""

@@ -43,6 +43,9 @@ class ModelInfo:
     """Seconds since the epoch."""
     hits: int
     """Calls it answered without a load."""
+    total_hits: int
+    """The same, together with those of earlier versions of this name, and of earlier stays; names that left long ago
+    are forgotten, and count from 0."""
     load_seconds: float
     """Downloading and loading, without time spent in queues."""
     format: str

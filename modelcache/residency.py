@@ -143,6 +143,13 @@ class Residency:
         before = older.cost if older is not None else past.cost if past is not None else None
         return seconds if before is None else (before + seconds) / 2
 
+    def hits_of(self, key: str) -> int:
+        """Return how many calls ``key`` has answered without a load, as far as is remembered."""
+        older, past = self.ledger.table.get(key), self.history.of(key)
+        if older is not None:
+            return older.past_hits + older.hits
+        return past.all_hits if past is not None else 0
+
     def settled(self, entry: Entry[Resident]) -> None:
         """A model has become resident."""
         place = entry.value
@@ -298,6 +305,7 @@ class Residency:
             loaded_at=place.loaded_at,
             last_used=time.time() - (self.clock() - entry.last_used),
             hits=entry.hits,
+            total_hits=entry.past_hits + entry.hits,
             load_seconds=place.load_seconds,
             format=facts.format,
             container=facts.container,

@@ -165,6 +165,7 @@ METHODS = {
     "pin": "(name)",
     "unpin": "(name)",
     "loaded": "()",
+    "most_used": "(count)",
     "names": "(prefix='')",
     "stats": "()",
     "explain": "(name)",

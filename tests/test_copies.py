@@ -326,6 +326,7 @@ class TestWorkersThatEnd:
         for _ in range(2):
             registry._loader.copy(home(registry, "m"))
             await copied(registry)
+        home(registry, "m").past_hits = 7
         events: list[Event] = []
         registry.subscribe(events.append)
         worker = worker_of(registry, "m")
@@ -338,6 +339,7 @@ class TestWorkersThatEnd:
         assert invocation.tier == "memory"
         assert invocation.model.pinned
         assert len(invocation.model.workers) == 2
+        assert invocation.model.total_hits == 7 + invocation.model.hits
         assert (registry.stats().loads, registry.stats().copies) == (1, 1)
         assert [getattr(event, "models", None) for event in events] == [()]
 

@@ -37,6 +37,7 @@ class Entry(Generic[V]):
         "last_used",
         "leases",
         "original",
+        "past_hits",
         "pinned",
         "size",
         "state",
@@ -54,6 +55,8 @@ class Entry(Generic[V]):
         self.pinned = False
         self.state = State.READY
         self.hits = 0
+        self.past_hits = 0
+        """Hits of what had its key before it: of other versions, and of its own earlier stays."""
         self.last_used = 0.0
         self.cause: EvictionCause = "budget"
         """Why it left the table, once it has."""

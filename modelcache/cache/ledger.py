@@ -430,7 +430,7 @@ class Ledger:
         heir, *others = entry.copies
         del self.copies[heir]
         heir.original, heir.copies = None, tuple(others)
-        heir.hits, heir.last_used = entry.hits, entry.last_used
+        heir.hits, heir.past_hits, heir.last_used = entry.hits, entry.past_hits, entry.last_used
         for copy in (entry, *others):
             copy.original = heir
         entry.copies = ()
