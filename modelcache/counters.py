@@ -11,6 +11,8 @@ from modelcache.stats import Histogram
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from modelcache.errors import ModelCacheError
+    from modelcache.pool.lost import Epitaph
     from modelcache.residency import Resident
 
 
@@ -29,11 +31,12 @@ class Counters:
         self.joins = 0
         self.loads = 0
         self.loads_from_disk = 0
-        self.load_failures = 0
         self.refreshes = 0
         self.copies_made = 0
         self.rejected = 0
         self._evictions: Counter[EvictionCause] = Counter()
+        self._load_failures: Counter[str] = Counter()
+        self._worker_deaths: Counter[str] = Counter()
 
     def loaded(self, place: Resident, resident: int) -> None:
         """A model has become resident, one of ``resident``."""
@@ -49,6 +52,29 @@ class Counters:
         self.loaded_model_count.record(resident)
         if cause == "budget":
             self.age_at_eviction.record(idle)
+
+    def load_failed(self, error: ModelCacheError) -> None:
+        """A load has ended in ``error``."""
+        self._load_failures[type(error).__name__] += 1
+
+    def worker_died(self, epitaph: Epitaph) -> None:
+        """A worker process has ended, and nobody has told it to leave."""
+        self._worker_deaths[epitaph.how] += 1
+
+    @property
+    def load_failures(self) -> int:
+        """Loads that failed."""
+        return self._load_failures.total()
+
+    @property
+    def load_failures_by_error(self) -> Mapping[str, int]:
+        """Loads that failed, by the name of the error's class."""
+        return dict(self._load_failures)
+
+    @property
+    def worker_deaths(self) -> Mapping[str, int]:
+        """Workers that died, by what ended them."""
+        return dict(self._worker_deaths)
 
     @property
     def evictions(self) -> Mapping[EvictionCause, int]:

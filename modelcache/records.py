@@ -133,6 +133,8 @@ class Summary:
 class WorkerStats:
     """One worker process."""
 
+    index: int
+    """Its place among the workers; the one that replaces it has the same."""
     pid: int
     models: int
     charged_bytes: int
@@ -167,11 +169,17 @@ class RegistryStats:
     loads_from_disk: int
     """Those of local copies, without the store."""
     load_failures: int
+    load_failures_by_error: Mapping[str, int]
+    """The same, by the name of the error's class."""
     refreshes: int
     """New versions that have taken the place of older ones."""
     rejected: int
     """Calls that were refused, or made way for others, since ``queue_limit`` calls waited for their worker."""
     evictions: Mapping[EvictionCause, int]
+    models: int
+    """Resident models."""
+    loading: int
+    """Loads under way, those that wait for a slot or for bytes included."""
     copies: int
     """Copies of hot models in further workers."""
     copies_made: int
@@ -187,6 +195,8 @@ class RegistryStats:
     """Seconds since its last use of each model that was evicted to make room."""
     workers: tuple[WorkerStats, ...]
     worker_restarts: int
+    worker_deaths: Mapping[str, int]
+    """Workers that died, by what ended them: "SIGKILL", "exit code 1"."""
 
 
 @dataclass(frozen=True, slots=True)

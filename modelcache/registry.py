@@ -453,6 +453,7 @@ class ModelRegistry:
             self._loader.quarantine.suspect(worker)
         lost = self._state.lose(worker)
         if not self._life.closed:
+            self._state.counters.worker_died(epitaph)
             self._state.emit(WorkerDied(epitaph.pid, epitaph.signal, epitaph.exit_code, lost))
             for key in self._state.pinned - self._state.ledger.table.keys():
                 task = asyncio.create_task(self._pin_again(key))

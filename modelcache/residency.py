@@ -272,7 +272,7 @@ class Residency:
 
     def failed(self, key: str, error: ModelCacheError, *, serves_on: bool = False) -> None:
         """A load has failed; ``serves_on`` says that it was to renew a version that is still there."""
-        self.counters.load_failures += 1
+        self.counters.load_failed(error)
         if not serves_on:
             self.history.failed(key, error, self.clock())
         self.emit(LoadFailed(key, error))
@@ -364,9 +364,12 @@ class Residency:
             loads=counters.loads,
             loads_from_disk=counters.loads_from_disk,
             load_failures=counters.load_failures,
+            load_failures_by_error=counters.load_failures_by_error,
             refreshes=counters.refreshes,
             rejected=counters.rejected,
             evictions=counters.evictions,
+            models=len(ledger.table),
+            loading=len(self.flights.airborne),
             copies=len(ledger.copies),
             copies_made=counters.copies_made,
             budget=ledger.budget,
@@ -378,4 +381,5 @@ class Residency:
             age_at_eviction=counters.age_at_eviction.summary(),
             workers=tuple(worker.stats() for worker in pool.workers),
             worker_restarts=pool.restarts,
+            worker_deaths=counters.worker_deaths,
         )

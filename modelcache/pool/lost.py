@@ -30,6 +30,13 @@ class Epitaph:
         """True if it broke by itself rather than being ended from outside."""
         return self.signal in _CRASHES if self.signal else bool(self.exit_code)
 
+    @property
+    def how(self) -> str:
+        """What ended it, in few words: "SIGKILL", "exit code 1", "unknown"."""
+        if self.exit_code is None:
+            return "unknown"
+        return _name(self.signal) if self.signal else f"exit code {self.exit_code}"
+
     def __str__(self) -> str:
         words = f"; its last words: {self.last_words}" if self.last_words else ""
         return f"worker process {self.pid} {self._how()}{words}"

@@ -195,7 +195,9 @@ class Worker:
 
     def stats(self) -> WorkerStats:
         """Return its figures."""
-        return WorkerStats(self.pid, len(self.held), self.charged, self.requests.waiting, self.latency.summary())
+        return WorkerStats(
+            self.index, self.pid, len(self.held), self.charged, self.requests.waiting, self.latency.summary()
+        )
 
     async def bury(self, *, patient: bool = False) -> Epitaph:
         """End what is left of the process, with ``patient`` after it had time to leave by itself."""
