@@ -299,7 +299,7 @@ HEAVY = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("module", ["modelcache", "modelcache.testing"])
+@pytest.mark.parametrize("module", ["modelcache", "modelcache.sync", "modelcache.testing"])
 def test_importing_is_light(module: str) -> None:
     """`import modelcache` imports neither XGBoost nor a store's client nor a data frame: a fresh interpreter tells."""
     code = f"import {module}, sys, json; print(json.dumps(sorted(sys.modules)))"
