@@ -1,4 +1,4 @@
-"""Every example runs as its readers would run it, and prints what it promises."""
+"""Every script among the examples runs as its readers would run it, and prints what it promises."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from test_example_apps import APPS
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,7 +31,7 @@ PRINTED = {
 
 def test_each_example_has_an_expectation() -> None:
     """An example that nobody runs would rot."""
-    assert {file.stem for file in (ROOT / "examples").glob("*.py")} == PRINTED.keys()
+    assert {file.stem for file in (ROOT / "examples").glob("*.py")} == PRINTED.keys() | APPS.keys()
 
 
 @pytest.mark.parametrize("example", PRINTED)
@@ -47,3 +49,9 @@ def test_an_example_runs(example: str, tmp_path: Path, no_processes_left: None) 
     assert done.stderr == ""
     assert re.fullmatch(PRINTED[example], done.stdout)
     assert done.returncode == 0
+
+
+def test_the_table_names_each_example() -> None:
+    """A reader of examples/README.md finds them all."""
+    linked = re.findall(r"^\| \[(\w+)\.py\]\(\1\.py\)", (ROOT / "examples" / "README.md").read_text(), re.MULTILINE)
+    assert sorted(linked) == sorted(PRINTED.keys() | APPS.keys())
