@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+import boto3  # type: ignore[import-untyped]
 import httpx
 import pytest
 
@@ -46,6 +48,7 @@ APPS = {
     "aiohttp_app": Example("-m aiohttp.web -P 0 {app}:make_app", ROW, ROW[1:], 400),
     "flask_app": Example("-m flask --app {examples}/{app}.py run --port 0", ROW, ROW[1:], 400),
 }
+MOUNTED = {"mounted_app": UVICORN}
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +110,27 @@ def check(client: httpx.Client, example: Example) -> None:
     assert "Nowhere" in missing.json()["message"]
     assert client.post("/prices/Chicago_IL", json=[example.bad_house]).status_code == example.refusal
     assert client.post("/prices/Chicago_IL", json=[]).status_code == 400
+
+
+def test_the_protocols_in_an_app(models: Path, no_processes_left: None) -> None:
+    """Clients of SageMaker and of Open Inference, and the app's own routes, are answered by one registry."""
+    expected = zoo.model().expected([ROW])
+    with running("mounted_app", MOUNTED["mounted_app"], models) as client:
+        runtime = boto3.client(
+            "sagemaker-runtime", endpoint_url=f"{client.base_url}/sagemaker", region_name="us-east-1",
+            aws_access_key_id="none", aws_secret_access_key="none",
+        )  # fmt: skip
+        call = {"EndpointName": "any", "ContentType": "text/csv", "Body": ",".join(map(str, ROW))}
+        for _ in ("cold", "warm"):
+            answer = runtime.invoke_endpoint(TargetModel="Chicago_IL.tar.gz", **call)
+            assert json.loads(answer["Body"].read()) == pytest.approx(expected)
+        with pytest.raises(runtime.exceptions.ValidationError):
+            runtime.invoke_endpoint(TargetModel="Nowhere.tar.gz", **call)
+        tensor = {"name": "predict", "datatype": "FP32", "shape": [1, 6], "data": ROW}
+        answer = client.post("/v2/models/Chicago_IL/infer", json={"inputs": [tensor]})
+        assert answer.json()["outputs"][0]["data"] == pytest.approx(expected)
+        tensor |= {"shape": [1, 5], "data": ROW[1:]}
+        assert client.post("/v2/models/Chicago_IL/infer", json={"inputs": [tensor]}).status_code == 400
+        assert client.post("/v2/models/Nowhere/infer", json={"inputs": [tensor]}).status_code == 404
+        assert client.post("/v2/repository/models/Chicago_IL/unload").status_code in (404, 405)
+        assert client.get("/cities").json() == ["Chicago_IL", "Dallas_TX"]
