@@ -1,0 +1,97 @@
+"""A registry as one caller may see it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
+
+import pytest
+
+import zoo
+from modelcache import MemoryStore, ModelRegistry
+from modelcache.serving import access
+from modelcache.serving.access import AccessDeniedError, Grant, GuardedRegistry
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from conftest import MakeRegistry
+
+OURS, THEIRS = "tenant_a/m", "tenant_b/m"
+
+NAMED: dict[str, Callable[[Any, str], Any]] = {
+    "predict": lambda registry, name: registry.predict(name, zoo.rows(1)),
+    "invoke": lambda registry, name: registry.invoke(name, zoo.rows(1)),
+    "acquire": lambda registry, name: registry.acquire(name),
+    "load": lambda registry, name: registry.load(name),
+    "unload": lambda registry, name: registry.unload(name),
+    "refresh": lambda registry, name: registry.refresh(name),
+    "explain": lambda registry, name: registry.explain(name),
+    "peek": lambda registry, name: registry.peek(name),
+}
+LISTING = {"loaded", "names"}
+NAMELESS = {"start", "stats"}
+
+
+@pytest.fixture
+def grant() -> Iterator[None]:
+    """The caller may use what is below tenant_a."""
+    before = access.current.set(Grant(("tenant_a/*",)))
+    yield
+    access.current.reset(before)
+
+
+@pytest.fixture
+async def registry(make_registry: MakeRegistry) -> ModelRegistry:
+    ubj = zoo.model().ubj
+    return await make_registry(MemoryStore({f"{OURS}.ubj": ubj, "tenant_a/cold.ubj": ubj, f"{THEIRS}.ubj": ubj}))
+
+
+def test_all_that_can_be_reached_is_checked() -> None:
+    """Each method is one of the registry, and known here to check a name, to list names, or to have none."""
+    reached = {name for name in vars(GuardedRegistry) if not name.startswith("_")}
+    assert reached == NAMED.keys() | LISTING | NAMELESS
+    assert all(hasattr(ModelRegistry, name) for name in reached)
+
+
+@pytest.mark.parametrize("method", NAMED)
+@pytest.mark.parametrize("name", [THEIRS, f"{THEIRS}.ubj", "tenant_a", "nobody", "", "/tenant_a/m", "x/../tenant_a/m"])
+def test_no_method_takes_the_name_of_another(grant: None, method: str, name: str) -> None:
+    """Whatever takes a name raises for one outside the grant, before the registry hears of it."""
+    untouched = Mock(spec=ModelRegistry)
+    with pytest.raises(AccessDeniedError) as refused:
+        NAMED[method](GuardedRegistry(untouched), name)
+    assert untouched.mock_calls == []
+    assert refused.value.model == name
+    assert refused.value.http_status == 403
+
+
+async def test_ones_own_models_are_used_as_ever(grant: None, registry: ModelRegistry) -> None:
+    """Within the grant the registry answers itself."""
+    guarded = GuardedRegistry(registry)
+    rows = zoo.rows(2)
+    assert (await guarded.predict(OURS, rows) == zoo.model().expected(rows)).all()
+    assert (await guarded.invoke(OURS, rows, output="margin")).model.name == OURS
+    async with guarded.acquire(OURS) as lease:
+        assert lease.model.n_features == zoo.N
+    assert (await guarded.refresh(OURS)).version == (await guarded.load(OURS)).version
+    found = guarded.peek(OURS)
+    assert found is not None and "resident" in guarded.explain(OURS)
+    assert await guarded.unload(OURS)
+    assert guarded.stats().loads == registry.stats().loads
+
+
+async def test_lists_leave_out_the_models_of_others(grant: None, registry: ModelRegistry) -> None:
+    """Neither what is loaded nor what the store offers tells that there are others."""
+    for name in (OURS, THEIRS):
+        await registry.load(name)
+    guarded = GuardedRegistry(registry)
+    assert [info.name for info in guarded.loaded()] == [OURS]
+    assert [name async for name in guarded.names()] == ["tenant_a/cold", OURS]
+    assert [name async for name in guarded.names("tenant_b")] == []
+
+
+def test_who_comes_past_the_guard_may_use_nothing() -> None:
+    """Without a grant of its own a request has none."""
+    with pytest.raises(AccessDeniedError):
+        GuardedRegistry(Mock(spec=ModelRegistry)).load(OURS)
