@@ -10,6 +10,7 @@ import typer
 from modelcache import InvalidInputError, MissingDependencyError, __version__
 from modelcache.commands import inspecting, listing, predicting
 from modelcache.commands.terminal import make_console
+from modelcache.sizing import parse_bytes
 
 app = typer.Typer(
     add_completion=False,
@@ -18,6 +19,7 @@ app = typer.Typer(
 )
 
 _DEMO_PACKAGES = frozenset({"matplotlib", "xgboost"})
+_SERVE_PACKAGES = frozenset({"httptools", "starlette", "uvicorn"})
 _LARGEST_SEED = (1 << 31) - 1
 
 Store = Annotated[str, typer.Argument(metavar="STORE", help="A folder of artifacts, or the URL of a store.")]
@@ -30,6 +32,22 @@ class OutputKind(StrEnum):
     margin = "margin"
     leaf = "leaf"
     contribs = "contribs"
+
+
+class LogLevel(StrEnum):
+    """What to log: this, and what is worse."""
+
+    debug = "debug"
+    info = "info"
+    warning = "warning"
+    error = "error"
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(int(text) if text.isdecimal() else text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def _print_version(wanted: bool) -> None:
@@ -122,3 +140,91 @@ def manifest(
     Run it again after each change, and upload it after the artifacts.
     """
     listing.write_manifest(make_console(), folder)
+
+
+@app.command()
+def serve(
+    store: Store,
+    *,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
+    memory_budget: Annotated[
+        int | None,
+        typer.Option(
+            parser=_size, metavar="SIZE", help="For all models in memory, as '2 GiB'; by default half of what is free."
+        ),
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Worker processes; by default one a core.")] = None,
+    disk_cache: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep copies of remote artifacts here.")
+    ] = None,
+    refresh_after: Annotated[
+        float | None,
+        typer.Option(min=0, metavar="SECONDS", help="Ask the store for new versions of models older than this."),
+    ] = None,
+    preload: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Load this model before the first request; repeatable.")
+    ] = None,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Let in who sends a bearer token of this file: one a line, each followed by patterns of the models it "
+            "is for, such as tenant_a/*, unless it is for all.",
+        ),
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Let other hosts in without a token.")] = False,
+    management: Annotated[bool, typer.Option(help="Let clients load and unload models.")] = True,
+    management_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Let them do so on this port alone.", show_default=False)
+    ] = None,
+    max_body: Annotated[
+        int, typer.Option(parser=_size, metavar="SIZE", help="The largest body of a request, decompressed.")
+    ] = "6 MiB",  # type: ignore[assignment]  # typer parses defaults as well, and shows them as they are written
+    request_timeout: Annotated[
+        float, typer.Option(min=0.001, metavar="SECONDS", help="A request has to be all here within this time.")
+    ] = 30.0,
+    drain: Annotated[
+        float, typer.Option(min=0, metavar="SECONDS", help="After SIGTERM, what was accepted may take this long.")
+    ] = 30.0,
+    access_log: Annotated[bool, typer.Option("--access-log", help="Log each request.")] = False,
+    log_level: Annotated[LogLevel, typer.Option(help="What to log, to standard error.")] = LogLevel.warning,
+) -> None:
+    """Serve the models of a store over HTTP, for clients of SageMaker and of the Open Inference Protocol.
+
+    Ends at SIGTERM or Ctrl-C, when all that it has accepted is answered.
+    """
+    try:
+        from modelcache.commands import serving  # noqa: PLC0415 - what it needs comes by an extra
+    except ModuleNotFoundError as error:
+        missing = str(error.name).partition(".")[0]
+        if missing not in _SERVE_PACKAGES:
+            raise
+        raise MissingDependencyError(f"serve needs {missing}: pip install 'modelcache[serve]'") from error
+    if management_port is not None and not management:
+        raise typer.BadParameter("--management-port and --no-management exclude each other.")
+    serving.log_to_stderr(log_level.value, access=access_log)
+    serving.run(
+        make_console(),
+        store,
+        host=host,
+        port=port,
+        insecure=insecure,
+        registry_options={
+            "memory_budget": memory_budget,
+            "workers": workers,
+            "disk_cache": disk_cache,
+            "refresh_after": refresh_after,
+        },
+        options=serving.Options(
+            tokens=None if token_file is None else serving.read_tokens(token_file),
+            management=management,
+            management_port=management_port,
+            store_url=store,
+            preload=tuple(preload or ()),
+            max_body_bytes=max_body,
+            log_access=access_log,
+            drain_seconds=drain,
+            limits=serving.Limits(request_seconds=request_timeout),
+        ),
+    )

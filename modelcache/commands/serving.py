@@ -1,0 +1,88 @@
+"""``modelcache serve``: the models of a store, for clients of SageMaker and of the Open Inference Protocol."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from modelcache import ModelCacheError, ModelRegistry
+from modelcache.commands.terminal import show_size
+from modelcache.serving.connections import Limits
+from modelcache.serving.listening import allow_many_connections, bind, is_loopback, url_of
+from modelcache.serving.server import Options, serve
+from modelcache.serving.tokens import read_tokens
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
+    from rich.console import Console
+
+__all__ = ["Limits", "Options", "log_to_stderr", "read_tokens", "run"]
+
+_LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+def run(
+    console: Console,
+    store: str,
+    *,
+    host: str,
+    port: int,
+    insecure: bool,
+    registry_options: dict[str, Any],
+    options: Options,
+) -> None:
+    """Serve until SIGTERM or SIGINT."""
+    if not (is_loopback(host) or options.tokens or insecure):
+        raise ModelCacheError(
+            f"Other hosts could reach {host}, and anybody could use and unload models: give a --token-file, or say "
+            "--insecure if the network lets nobody in who should not be."
+        )
+    allow_many_connections()
+    ports = [port] if options.management_port is None else [port, options.management_port]
+    listeners = [bind(host, number) for number in ports]
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(_serve(console, store, listeners, registry_options, options))
+
+
+async def _serve(
+    console: Console,
+    store: str,
+    listeners: list[socket.socket],
+    registry_options: dict[str, Any],
+    options: Options,
+) -> None:
+    registry = ModelRegistry(store, **registry_options)
+
+    def announce() -> None:
+        stats = registry.stats()
+        urls = [url_of(listener) for listener in listeners]
+        managed = f", management on {urls[1]}" if len(urls) > 1 else "" if options.management else ", no management"
+        tokens = f", {len(options.tokens)} tokens" if options.tokens else ""
+        console.print(
+            f"Serving {store} on {urls[0]} ({show_size(stats.budget)} for models, {len(stats.workers)} workers"
+            f"{tokens}{managed})",
+            soft_wrap=True,
+        )
+
+    await serve(registry, listeners, options, announce)
+
+
+def log_to_stderr(level: str, *, access: bool) -> None:
+    """Log what happens, and each request if ``access`` says so, to standard error."""
+    logging.basicConfig(stream=sys.stderr, level=level.upper(), format=_LOG_FORMAT)
+    if access:
+        logging.getLogger("modelcache.access").setLevel(logging.INFO)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    if find_spec("uvloop") is None:
+        return None
+    import uvloop  # noqa: PLC0415 - used where it is installed
+
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
