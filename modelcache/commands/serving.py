@@ -6,9 +6,10 @@ import asyncio
 import logging
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modelcache import ModelCacheError, ModelRegistry
+from modelcache import ModelCacheError, ModelRegistry, StoreError
 from modelcache.commands.terminal import show_size
 from modelcache.serving.connections import Limits
 from modelcache.serving.listening import allow_many_connections, bind, is_loopback, url_of
@@ -42,34 +43,29 @@ def run(
             f"Other hosts could reach {host}, and anybody could use and unload models: give a --token-file, or say "
             "--insecure if the network lets nobody in who should not be."
         )
-    allow_many_connections()
+    if "://" not in store and not Path(store).is_dir():
+        raise StoreError(f"The folder {store} does not exist.")
+    registry = ModelRegistry(store, **registry_options)
     ports = [port] if options.management_port is None else [port, options.management_port]
     listeners = [bind(host, number) for number in ports]
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_serve(console, store, listeners, registry_options, options))
-
-
-async def _serve(
-    console: Console,
-    store: str,
-    listeners: list[socket.socket],
-    registry_options: dict[str, Any],
-    options: Options,
-) -> None:
-    registry = ModelRegistry(store, **registry_options)
+    allow_many_connections()
 
     def announce() -> None:
-        stats = registry.stats()
-        urls = [url_of(listener) for listener in listeners]
-        managed = f", management on {urls[1]}" if len(urls) > 1 else "" if options.management else ", no management"
-        tokens = f", {len(options.tokens)} tokens" if options.tokens else ""
-        console.print(
-            f"Serving {store} on {urls[0]} ({show_size(stats.budget)} for models, {len(stats.workers)} workers"
-            f"{tokens}{managed})",
-            soft_wrap=True,
-        )
+        console.print(_describe(store, registry, listeners, options), soft_wrap=True)
 
-    await serve(registry, listeners, options, announce)
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(serve(registry, listeners, options, announce))
+
+
+def _describe(store: str, registry: ModelRegistry, listeners: list[socket.socket], options: Options) -> str:
+    stats, urls = registry.stats(), [url_of(listener) for listener in listeners]
+    facts = [f"{show_size(stats.budget)} for models", _counted(len(stats.workers), "worker")]
+    if options.tokens:
+        facts.append(_counted(len(options.tokens), "token"))
+    if not options.management:
+        facts.append("no management")
+    facts += [f"management on {url}" for url in urls[1:]]
+    return f"Serving {store} on {urls[0]} ({', '.join(facts)})"
 
 
 def log_to_stderr(level: str, *, access: bool) -> None:
@@ -86,3 +82,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
     factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
     return factory
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"

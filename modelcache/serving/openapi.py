@@ -161,7 +161,7 @@ def _open_inference() -> Json:
         ("/v2/models/{model}", (name,), "Model"),
         ("/v2/models/{model}/versions/{version}", (name, version), "Version"),
     ):
-        paths[place] = {"get": _about(f"describe{of}", "Describe inputs and outputs.", *parameters)}
+        paths[place] = {"get": _about(f"metadata{of}", "Describe inputs and outputs.", *parameters)}
         paths[f"{place}/ready"] = {"get": _about(f"ready{of}", "Say whether a call would be answered.", *parameters)}
         paths[f"{place}/config"] = {"get": _about(f"config{of}", "The configuration, as Triton has it.", *parameters)}
         paths[f"{place}/stats"] = {"get": _about(f"stats{of}", "Statistics of a loaded model.", *parameters)}

@@ -138,7 +138,7 @@ class Server(uvicorn.Server):
         self._sweeping.cancel()
 
     async def _gone(self, seconds: float) -> bool:
-        """Wait until all connections have ended; False if some are left when the time, or somebody's patience, is up."""
+        """Wait until all connections have ended; False if some are left when time, or patience, is up."""
         drain = self.config.drain
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
