@@ -227,6 +227,8 @@ class ModelRegistry:
     # What is known
 
     loaded = _immediate(modelcache.ModelRegistry.loaded)
+    peek = _immediate(modelcache.ModelRegistry.peek)
+    most_used = _immediate(modelcache.ModelRegistry.most_used)
     stats = _immediate(modelcache.ModelRegistry.stats)
     explain = _immediate(modelcache.ModelRegistry.explain)
 

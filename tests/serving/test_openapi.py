@@ -9,14 +9,14 @@ import hypothesis
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase
-from modelcache.serving.open_inference_app import open_inference
-from modelcache.serving.sagemaker_app import sagemaker
 from schemathesis.checks import not_a_server_error
 from starlette.routing import Route
 
 import zoo
 from modelcache import MemoryStore, ModelRegistry
+from modelcache.serving.open_inference_app import open_inference
 from modelcache.serving.openapi import describe
+from modelcache.serving.sagemaker_app import sagemaker
 from serving.command import serving
 
 if TYPE_CHECKING:

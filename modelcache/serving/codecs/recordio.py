@@ -15,7 +15,7 @@ from functools import cache
 from struct import Struct
 from typing import TYPE_CHECKING, Any
 
-from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory  # type: ignore[import-untyped]
+from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 
 from modelcache.errors import InvalidInputError
 from modelcache.serving.codecs.base import Decoder, shown
