@@ -44,7 +44,10 @@ def main(handler: str) -> None:
     app = Starlette(routes=[Route("/endpoints/{endpoint}/invocations", globals()[handler], methods=["POST"])])
     with socket.create_server(("127.0.0.1", 0)) as listener:
         print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
-        config = uvicorn.Config(app, http="httptools", lifespan="off", ws="none", log_config=None, access_log=False)
+        config = uvicorn.Config(
+            app, http="httptools", lifespan="off", ws="none", log_config=None, access_log=False,
+            timeout_keep_alive=75,  # others have their turn meanwhile
+        )  # fmt: skip
         uvicorn.Server(config).run(sockets=[listener])
 
 

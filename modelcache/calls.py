@@ -190,7 +190,8 @@ async def ask(entry: Entry[Resident], call: Call) -> Matrix:
     if requests.congested:
         await _writable(entry, call.deadline)
     number, answer = requests.predict(place, matrix, call.output, call.deadline)
-    timer = _set_timer(entry, number, answer, call.deadline) if call.deadline else None
+    if call.deadline:
+        requests.deadlines.note(number, call.deadline, partial(_expire, entry, number, answer))
     call.note_hit(entry)
     try:
         values, seconds = await answer
@@ -200,8 +201,7 @@ async def ask(entry: Entry[Resident], call: Call) -> Matrix:
             error.model = entry.key
         raise
     finally:
-        if timer is not None:
-            timer.cancel()
+        requests.deadlines.forget(number)
     if rows >= _FEW_ROWS:
         place.row_seconds = {**place.row_seconds, call.output: seconds / rows}
     return values
@@ -215,7 +215,6 @@ class _Slice(NamedTuple):
     place: Resident
     number: int
     answer: Answer
-    timer: asyncio.TimerHandle | None
 
 
 async def _ask_in_slices(entry: Entry[Resident], call: Call, order: list[int] | None, sliced: Sliced) -> Matrix:
@@ -253,16 +252,17 @@ def _send_slice(entry: Entry[Resident], call: Call, order: list[int] | None, sta
     number, answer = place.worker.requests.predict_written(
         place, part.shape, partial(write_rows, part, order), call.output, call.deadline, sliced=sliced
     )
-    timer = _set_timer(entry, number, answer, call.deadline) if call.deadline else None
-    return _Slice(start, start + len(part), place, number, answer, timer)
+    if call.deadline:
+        place.worker.requests.deadlines.note(number, call.deadline, partial(_expire, entry, number, answer))
+    return _Slice(start, start + len(part), place, number, answer)
 
 
 def _end(slice_: _Slice) -> None:
     """Let go of a slice, answered or not."""
-    if slice_.timer is not None:
-        slice_.timer.cancel()
+    requests = slice_.place.worker.requests
+    requests.deadlines.forget(slice_.number)
     # Whatever has become of the future: a call that is cancelled has the one cancelled that it waits for.
-    slice_.place.worker.requests.cancel(slice_.number)
+    requests.cancel(slice_.number)
     if not slice_.answer.cancel() and not slice_.answer.cancelled():
         slice_.answer.exception()  # it may have failed unseen, behind the slice that failed the call
 
@@ -273,12 +273,6 @@ def _slice_rows(place: Resident, call: Call) -> int:
     seconds = _SLICE_SECONDS if alone else _SHORT_SLICE_SECONDS
     wanted = seconds / place.row_seconds.get(call.output, _ROW_SECONDS_GUESSED)
     return max(1, min(most, int(wanted)))
-
-
-def _set_timer(entry: Entry[Resident], number: int, answer: Answer, deadline: float) -> asyncio.TimerHandle:
-    seconds = deadline - monotonic()
-    loop = asyncio.get_running_loop()
-    return loop.call_later(max(0.0, seconds), _expire, entry, number, answer)
 
 
 def _expire(entry: Entry[Resident], number: int, answer: Answer) -> None:

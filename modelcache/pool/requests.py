@@ -14,6 +14,7 @@ import numpy as np
 from modelcache.errors import InvalidInputError, ModelCacheError
 from modelcache.pool import wire
 from modelcache.pool.channel import Channel
+from modelcache.pool.deadlines import Deadlines
 from modelcache.pool.lost import WorkerLostError
 
 if TYPE_CHECKING:
@@ -100,6 +101,8 @@ class RequestChannel(Channel):
         self._number = 0
         self.pending: dict[int, _Pending] = {}
         """Calls sent and not yet answered."""
+        self.deadlines = Deadlines()
+        """Of those that have one."""
         self._in_slices = 0
         """Calls under way in slices, each of which counts once however many of those wait."""
         self._parts = 0
@@ -290,6 +293,7 @@ class RequestChannel(Channel):
 
     def fail_all(self, epitaph: Epitaph) -> None:
         """The worker is gone: wake everyone who waits for it."""
+        self.deadlines.clear()
         pending, self.pending = self.pending, {}
         for call in pending.values():
             self._note_end(call)
