@@ -41,6 +41,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/isolation.py
 	$(BIN)/python benchmarks/many_models.py
 	$(BIN)/python benchmarks/engines.py
+	$(BIN)/python benchmarks/over_http.py
 	$(BIN)/python benchmarks/readme.py
 
 lint: $(VENV)/.lint

@@ -13,12 +13,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 from sybil import Sybil
 from sybil.parsers.markdown import CodeBlockParser
 
 import zoo
 from modelcache import ModelRegistry
+from serving.command import serving
 
 if TYPE_CHECKING:
     from sybil.typing import Evaluator
@@ -90,7 +92,7 @@ def test_the_policy_in_the_document_grants_reading_alone() -> None:
 async def test_the_tour_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every call that the README shows does what its comment says."""
     namespace: dict[str, Any] = {"ModelRegistry": ModelRegistry}
-    bucket, tour = blocks("python")[1:]
+    bucket, tour, _ = blocks("python")[1:]
     exec(bucket, namespace)
     assert repr(namespace["registry"]).startswith("<ModelRegistry s3://my-bucket/models 0 ready")
     exec(tour, namespace)
@@ -113,11 +115,27 @@ def test_its_commands_exist(folder: Path) -> None:
         if program == "make":
             assert arguments[0] in targets
             continue
+        if arguments[0] == "serve":  # has a test of its own
+            continue
         done = subprocess.run(
             [sys.executable, "-m", program, *arguments], check=False,
             env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
+
+
+def test_its_server_answers_boto3(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command that the README shows serves the call that it shows, and ends by SIGTERM."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "anything")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
+    (command,) = [line for block in blocks("console") for line in block.splitlines() if "modelcache serve" in line]
+    namespace: dict[str, Any] = {}
+    _, _, _, store, *options = shlex.split(command)
+    with serving(Path(store), *options) as server:
+        exec(blocks("python")[3].replace(":8080", f":{server.port}"), namespace)
+        answer = namespace["before_and_after"](",".join(map(str, HOUSE)))
+    assert np.float32(json.loads(answer)) == zoo.model().expected([HOUSE])
 
 
 def test_its_figures_are_the_measured_ones() -> None:
