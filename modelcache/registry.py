@@ -426,6 +426,11 @@ class ModelRegistry:
         entry = self._leasing.find(name)
         return explain(self._state, entry.key if entry is not None else check_name(name))
 
+    def failure(self, name: str) -> ModelCacheError | None:
+        """Return what calls of ``name`` fail with until its load is tried again, or None."""
+        failure = None if self._leasing.find(name) is not None else self._state.failures.recall(check_name(name))
+        return failure.fresh() if failure is not None else None
+
     def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]:
         """Call ``callback`` with each event, in the loop, as it happens; call what is returned to stop that."""
         self._state.subscribers.append(callback)

@@ -231,6 +231,7 @@ class ModelRegistry:
     most_used = _immediate(modelcache.ModelRegistry.most_used)
     stats = _immediate(modelcache.ModelRegistry.stats)
     explain = _immediate(modelcache.ModelRegistry.explain)
+    failure = _immediate(modelcache.ModelRegistry.failure)
 
     def names(self, prefix: str = "") -> Iterator[str]:
         """Yield what the store offers, as :meth:`predict` takes it, each name once."""

@@ -325,7 +325,10 @@ async def test_a_failure_is_remembered_for_a_while(make_registry: MakeRegistry) 
         assert store.fetches == attempt, "refused from memory"
         assert refused.value.retry_after is not None
         assert 0 < refused.value.retry_after <= longest * 0.26 + 1e-6
+        failure = registry.failure("m")
+        assert (type(failure), str(failure)) == (refused.type, str(refused.value))
         clock.advance(longest * 0.27)
+        assert registry.failure("m") is None, "it would be tried again"
         longest = min(longest * 2, 30.0)
 
 

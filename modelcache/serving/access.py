@@ -91,9 +91,9 @@ class GuardedRegistry:
         """Ask the store for another version."""
         return self._registry.refresh(_checked(name))
 
-    def explain(self, name: str) -> str:
-        """Say why the model is where it is."""
-        return self._registry.explain(_checked(name))
+    def failure(self, name: str) -> ModelCacheError | None:
+        """Return what calls fail with for a while."""
+        return self._registry.failure(_checked(name))
 
     def peek(self, name: str) -> ModelInfo | None:
         """Return what is known of a resident model."""

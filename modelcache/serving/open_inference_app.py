@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import aclosing
+from math import ceil
 from typing import TYPE_CHECKING, cast
 
 from starlette.applications import Starlette
@@ -30,7 +31,7 @@ from modelcache import (
     __version__,
 )
 from modelcache.inputs import column_order
-from modelcache.names import spellings, split_suffix
+from modelcache.names import split_suffix
 from modelcache.serving import open_inference_metadata as about
 from modelcache.serving.bodies import read_body
 from modelcache.serving.errors import RequestError
@@ -174,7 +175,7 @@ class _App:
         """Return the statistics of a resident model, none of a cold one; those of all for the name ""."""
         if not name:
             return json_response({"model_stats": [about.statistics(info) for info in self._registry.loaded()]})
-        info = self._resident(name)
+        info = self._registry.peek(name)
         found = [] if info is None else [about.statistics(_check_version(info, name, version))]
         return json_response({"model_stats": found})
 
@@ -184,13 +185,14 @@ class _App:
         Programs ask this before they call: were only resident models ready, nobody would ever call a cold one. So the
         store is asked for its name, and nothing is loaded or evicted.
         """
-        explanation = self._registry.explain(name)
-        if version is not None and (info := self._resident(name)) is not None:
+        failure = self._registry.failure(name)
+        info = self._registry.peek(name)
+        if info is not None:
             _check_version(info, name, version)
-        elif " is resident: " not in explanation:
+        else:
             await self._check_offered(name)
-            if " is refused for another " in explanation:
-                raise HTTPException(503, explanation, headers={"Retry-After": "1"})
+        if failure is not None and not isinstance(failure, ModelNotFoundError):
+            raise HTTPException(503, str(failure), headers={"Retry-After": str(ceil(failure.retry_after or 1))})
         return json_response({"name": name, "ready": True})
 
     async def _check_offered(self, name: str) -> None:
@@ -204,10 +206,6 @@ class _App:
         except StoreError:
             return  # it may not list them, or may not be asked to: a call will tell
         raise ModelNotFoundError(f"The store lists no model {name!r}.", model=name)
-
-    def _resident(self, name: str) -> ModelInfo | None:
-        known = spellings(name)
-        return next((info for info in self._registry.loaded() if info.name in known), None)
 
     # The repository
 
@@ -227,7 +225,7 @@ class _App:
         try:
             async for name in self._registry.names():
                 if name not in known:
-                    yield about.cold_item(name, self._registry.explain(name))
+                    yield about.cold_item(name, self._registry.failure(name))
                     await asyncio.sleep(0)  # there may be a million, and others are to be served
         except (StoreUnavailableError, StoreAccessDeniedError):
             raise

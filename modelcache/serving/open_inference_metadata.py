@@ -8,8 +8,9 @@ from urllib.parse import quote
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from modelcache import ModelInfo
+    from modelcache import ModelCacheError, ModelInfo
 
+_COLD = "It is not loaded: its next call, or a load, does that."
 _LIVE_IN_PATHS = "!$&'()*+,;=:@"
 """Beside letters and digits, what a segment of a path may hold as it is (RFC 3986)."""
 
@@ -78,6 +79,7 @@ def resident_item(info: ModelInfo) -> dict[str, str]:
     return {"name": info.name, "version": version_of(info), "state": "READY", "reason": ""}
 
 
-def cold_item(name: str, explanation: str) -> dict[str, str]:
-    """Return what the index says of a model that is not resident: why, without the state of the whole registry."""
-    return {"name": name, "version": "", "state": "UNAVAILABLE", "reason": explanation.partition(" Budget: ")[0]}
+def cold_item(name: str, failure: ModelCacheError | None) -> dict[str, str]:
+    """Return what the index says of a model that is not resident."""
+    reason = _COLD if failure is None else str(failure)
+    return {"name": name, "version": "", "state": "UNAVAILABLE", "reason": reason}

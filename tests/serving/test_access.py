@@ -26,7 +26,7 @@ NAMED: dict[str, Callable[[Any, str], Any]] = {
     "load": lambda registry, name: registry.load(name),
     "unload": lambda registry, name: registry.unload(name),
     "refresh": lambda registry, name: registry.refresh(name),
-    "explain": lambda registry, name: registry.explain(name),
+    "failure": lambda registry, name: registry.failure(name),
     "peek": lambda registry, name: registry.peek(name),
 }
 LISTING = {"loaded", "names"}
@@ -76,7 +76,7 @@ async def test_ones_own_models_are_used_as_ever(grant: None, registry: ModelRegi
         assert lease.model.n_features == zoo.N
     assert (await guarded.refresh(OURS)).version == (await guarded.load(OURS)).version
     found = guarded.peek(OURS)
-    assert found is not None and "resident" in guarded.explain(OURS)
+    assert found is not None and guarded.failure(OURS) is None
     assert await guarded.unload(OURS)
     assert guarded.stats().loads == registry.stats().loads
 

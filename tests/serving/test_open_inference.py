@@ -458,7 +458,7 @@ async def test_a_model_that_failed_is_not_ready_until_it_is_tried_again(make_reg
     async with client_of(registry) as client:
         refused = await client.post("models/m/infer", json=asking())
         assert refused.status_code == 422
-        assert "its last load failed" in problem(await client.get("models/m/ready"), 503)
+        assert "neither an XGBoost model nor a tar" in problem(await client.get("models/m/ready"), 503)
         clock.advance(60)
         assert (await client.get("models/m/ready")).status_code == 200
 
@@ -504,12 +504,12 @@ async def test_the_index_lists_every_model_with_its_state(make_registry: MakeReg
         await client.post("repository/models/b/load")
         a, b, c = (await client.post("repository/index")).json()
         assert a == {"name": "a", "version": registry.loaded()[0].version, "state": "READY", "reason": ""}
-        assert (b["name"], b["state"]) == ("b", "UNAVAILABLE") and "its last load failed with" in b["reason"]
+        assert (b["name"], b["state"]) == ("b", "UNAVAILABLE") and "neither an XGBoost model nor a tar" in b["reason"]
         assert c == {
             "name": "c",
             "version": "",
             "state": "UNAVAILABLE",
-            "reason": "c is cold: it has never been asked for.",
+            "reason": "It is not loaded: its next call, or a load, does that.",
         }
         assert (await client.post("repository/index", json={"ready": True})).json() == [a]
         assert "'ready' has to be" in problem(await client.post("repository/index", json={"ready": 1}), 400)
