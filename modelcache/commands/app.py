@@ -34,6 +34,13 @@ class OutputKind(StrEnum):
     contribs = "contribs"
 
 
+class LogFormat(StrEnum):
+    """How a line of the log is written."""
+
+    text = "text"
+    json = "json"
+
+
 class LogLevel(StrEnum):
     """What to log: this, and what is worse."""
 
@@ -189,6 +196,7 @@ def serve(
     ] = 30.0,
     access_log: Annotated[bool, typer.Option("--access-log", help="Log each request.")] = False,
     log_level: Annotated[LogLevel, typer.Option(help="What to log, to standard error.")] = LogLevel.warning,
+    log_format: Annotated[LogFormat, typer.Option(help="As lines to read, or each as JSON.")] = LogFormat.text,
 ) -> None:
     """Serve the models of a store over HTTP, for clients of SageMaker and of the Open Inference Protocol.
 
@@ -203,7 +211,7 @@ def serve(
         raise MissingDependencyError(f"serve needs {missing}: pip install 'modelcache[serve]'") from error
     if management_port is not None and not management:
         raise typer.BadParameter("--management-port and --no-management exclude each other.")
-    serving.log_to_stderr(log_level.value, access=access_log)
+    serving.log_to_stderr(log_level.value, access=access_log, as_json=log_format is LogFormat.json)
     serving.run(
         make_console(),
         store,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,11 +67,20 @@ def _describe(store: str, registry: ModelRegistry, listeners: list[socket.socket
     return f"Serving {store} on {urls[0]} ({', '.join(facts)})"
 
 
-def log_to_stderr(level: str, *, access: bool) -> None:
-    """Log what happens, and each request if ``access`` says so, to standard error."""
-    logging.basicConfig(stream=sys.stderr, level=level.upper(), format=_LOG_FORMAT)
+def log_to_stderr(level: str, *, access: bool, as_json: bool) -> None:
+    """Log what happens, and each request if ``access`` says so, to standard error; a line for each record."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_json_formatter() if as_json else logging.Formatter(_LOG_FORMAT))
+    logging.basicConfig(level=level.upper(), handlers=[handler])
     if access:
         logging.getLogger("modelcache.access").setLevel(logging.INFO)
+
+
+def _json_formatter() -> logging.Formatter:
+    from pythonjsonlogger.json import JsonFormatter  # noqa: PLC0415 - used on demand
+
+    names = {"levelname": "level", "name": "logger"}
+    return JsonFormatter("{levelname}{name}{message}", style="{", rename_fields=names, timestamp="time")
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

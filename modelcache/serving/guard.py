@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+    from modelcache.serving.access_log import AccessLog
     from modelcache.serving.tokens import Tokens
 
     Headers = Iterable[tuple[bytes, bytes]]
     Refusal = tuple[int, str, *tuple[tuple[bytes, bytes], ...]]
 
 logger = logging.getLogger("modelcache.serving")
-access_logger = logging.getLogger("modelcache.access")
 
 request_id: ContextVar[str] = ContextVar("modelcache_request_id", default="")
 """The id of the request that is being answered, for logs; "" outside of one."""
@@ -55,19 +55,20 @@ class Guard:
         *,
         tokens: Tokens | None = None,
         draining: Callable[[], bool] = lambda: False,
-        log_access: bool = False,
+        access_log: AccessLog | None = None,
     ) -> None:
         self.tokens = tokens
         self._app = app
         self._draining = draining
-        self._log_access = log_access
+        self._access_log = access_log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request; only HTTP is let through."""
         if scope["type"] != "http":
             return
+        began = time.monotonic()
         given, token = _read(scope["headers"])
-        answer = _Answer(scope, send, given or b"%032x" % random.getrandbits(128))
+        answer = _Answer(send, given or b"%032x" % random.getrandbits(128))
         request_id.set(answer.id.decode())
         refusal = self._admit(scope, token)
         try:
@@ -85,8 +86,8 @@ class Guard:
                 raise  # the server has to break the connection off: what was announced will not come
             await answer_error(answer.send, 500, "The server failed; its log says why, under this request's id.")
         finally:
-            if self._log_access:
-                answer.log()
+            if self._access_log is not None:
+                self._access_log.log(scope, answer.status, time.monotonic() - began, request_id.get())
 
     def _admit(self, scope: Scope, token: bytes | None) -> Refusal | None:
         """Grant the request what it may use; or return the answer it gets instead."""
@@ -113,13 +114,11 @@ _UNKNOWN = "The token is not known here."
 class _Answer:
     """What is sent to the client, with what every answer carries."""
 
-    def __init__(self, scope: Scope, send: Send, id: bytes) -> None:  # noqa: A002 - what it is called on the wire
+    def __init__(self, send: Send, id: bytes) -> None:  # noqa: A002 - what it is called on the wire
         self.id = id
         self.status = 0
         self.complete = False
-        self._scope = scope
         self._send = send
-        self._began = time.monotonic()
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -131,14 +130,6 @@ class _Answer:
         elif message["type"] == "http.response.body":
             self.complete = not message.get("more_body", False)
         await self._send(message)
-
-    def log(self) -> None:
-        scope, milliseconds = self._scope, (time.monotonic() - self._began) * 1e3
-        client = scope.get("client") or ("-",)
-        access_logger.info(
-            "%s %s %r %d %.1f ms %s",
-            client[0], scope["method"], scope["path"], self.status, milliseconds, self.id.decode(),
-        )  # fmt: skip
 
 
 async def answer_error(send: Send, status: int, reason: str, *headers: tuple[bytes, bytes]) -> None:

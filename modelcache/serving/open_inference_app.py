@@ -33,6 +33,7 @@ from modelcache import (
 from modelcache.inputs import column_order
 from modelcache.names import split_suffix
 from modelcache.serving import open_inference_metadata as about
+from modelcache.serving.access_log import note_model
 from modelcache.serving.bodies import read_body
 from modelcache.serving.errors import RequestError
 from modelcache.serving.open_inference_messages import OUTPUTS, decode_request, encode_response, parse_object
@@ -115,6 +116,7 @@ class _App:
     async def model(self, request: Request) -> Response:
         """Do what the end of the path says."""
         name, version, verb = split_target(request.path_params["target"])
+        note_model(request.scope, name)
         method, handler = self._verbs[verb]
         if request.method != method and (request.method, method) != ("HEAD", "GET"):
             raise HTTPException(405, f"{request.url.path} takes {method}.", headers={"Allow": method})

@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from modelcache.errors import LoadTimeoutError, ModelCacheError
 from modelcache.serving import codecs
+from modelcache.serving.access_log import note_model
 from modelcache.serving.bodies import read_body
 from modelcache.serving.errors import RequestError
 
@@ -112,6 +113,7 @@ class Calls:
         )
 
     async def _answer(self, request: Request, fields: Fields, name: str, form: _Form) -> Response:
+        note_model(request.scope, name)
         body = await read_body(request, self._max_body_bytes)
         if not body:
             return Response(status_code=204)

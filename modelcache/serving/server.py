@@ -15,12 +15,14 @@ from starlette.responses import JSONResponse
 
 from modelcache.serving import access
 from modelcache.serving.access import GuardedRegistry
+from modelcache.serving.access_log import AccessLog
 from modelcache.serving.connections import Limits, ServerConfig
 from modelcache.serving.guard import Guard, answer_error
 from modelcache.serving.listening import accept_the_last
 from modelcache.serving.open_inference_app import open_inference
 from modelcache.serving.openapi import describe
 from modelcache.serving.sagemaker_app import sagemaker
+from modelcache.telemetry.logs import log_events
 
 if TYPE_CHECKING:
     import socket
@@ -164,10 +166,11 @@ async def serve(
         make_app(registry, options, management_port=ports[1] if len(ports) > 1 else None),
         tokens=options.tokens,
         draining=lambda: config.drain.begun,
-        log_access=options.log_access,
+        access_log=AccessLog(registry) if options.log_access else None,
     )
     config = configure(guard, options.limits)
     async with registry:
+        log_events(registry)
         for name, error in (await registry.preload(options.preload)).failed.items():
             logger.warning("%s was not loaded beforehand: %s", name, error)
         await Server(config, registry, options, started).serve(sockets=listeners)

@@ -1,4 +1,4 @@
-"""Structured logs: each event of a registry as a log record with its facts beside the message, and records as JSON.
+"""Structured logs: each event of a registry as a log record with its facts beside the message.
 
 The facts travel as ``extra`` of the standard library's ``logging``, which is what formats or ships records anywhere. A
 server that logs its requests uses the same names: ``model``, ``version``, ``tier``, ``seconds``.
@@ -6,9 +6,7 @@ server that logs its requests uses the same names: ``model``, ``version``, ``tie
 
 from __future__ import annotations
 
-import json
 import logging
-from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -34,50 +32,6 @@ def log_events(registry: ModelRegistry, logger: logging.Logger = EVENTS) -> Call
     ``QueueHandler``.
     """
     return registry.subscribe(partial(_log, logger))
-
-
-class JSONFormatter(logging.Formatter):
-    """Formats a record as one line of JSON: time (UTC), level, logger, message, and whatever ``extra`` it has.
-
-    ``exception`` and ``stack`` are texts. What JSON cannot hold is given as text; lines are ASCII, whatever is in them.
-    An ``extra`` called like one of the formatter's own fields is left out.
-    """
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the line, without its end."""
-        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        fields: dict[str, Any] = {
-            "time": time.replace("+00:00", "Z"),
-            "level": record.levelname,
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        if record.exc_info:
-            fields["exception"] = self.formatException(record.exc_info)
-        if record.stack_info:
-            fields["stack"] = self.formatStack(record.stack_info)
-        for name, value in vars(record).items():
-            if name not in _NO_EXTRAS:
-                fields.setdefault(name, value)
-        return _dump(fields)
-
-
-_NO_EXTRAS = vars(logging.makeLogRecord({})).keys() | {"asctime", "taskName"}
-"""What every record has; ``taskName`` since Python 3.12."""
-
-
-def _dump(fields: dict[str, Any]) -> str:
-    try:
-        return json.dumps(fields, default=_text, allow_nan=False)
-    except (TypeError, ValueError, RecursionError):  # odd keys, no number, or a value that holds itself
-        return json.dumps({name: _text(value) for name, value in fields.items()})
-
-
-def _text(value: object) -> str:
-    try:
-        return str(value)
-    except Exception as error:  # noqa: BLE001 - it is anybody's code, and a log is the last to fail over it
-        return f"<{type(value).__name__} without a text: {type(error).__name__}>"
 
 
 def _log(logger: logging.Logger, event: Event) -> None:

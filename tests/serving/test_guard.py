@@ -7,19 +7,26 @@ import logging
 import re
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+import zoo
+from modelcache import MemoryStore, ModelRegistry
 from modelcache.serving import access
 from modelcache.serving.access import Grant
+from modelcache.serving.access_log import AccessLog
 from modelcache.serving.guard import Guard, request_id
+from modelcache.serving.server import Options, make_app
 from modelcache.serving.tokens import Tokens
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from conftest import MakeRegistry
 
 TOKENS = Tokens({"admin": Grant(), "team": Grant(("tenant_a/*",))})
 
@@ -233,10 +240,33 @@ async def test_a_client_that_has_gone_is_no_fault(caplog: pytest.LogCaptureFixtu
 
 
 async def test_each_request_is_logged_on_demand(caplog: pytest.LogCaptureFixture) -> None:
-    """Who, what, how it ended, how long it took, and the id, in one line that a path cannot break."""
+    """Who, what, how it ended, how long it took, and the id, in one line that a path cannot break; with all facts."""
+    log = AccessLog(ModelRegistry(MemoryStore()))
     with caplog.at_level(logging.INFO, "modelcache.access"):
         await ask(app(), x_request_id="a-1")
         assert caplog.records == []
-        await ask(app(log_access=True), "/no\nroute", x_request_id="a-2")
-    [line] = [record.getMessage() for record in caplog.records]
-    assert re.fullmatch(r"::1 GET '/no\\nroute' 404 \d+\.\d ms a-2", line)
+        await ask(app(access_log=log), "/no\nroute", x_request_id="a-2")
+    [record] = caplog.records
+    assert re.fullmatch(r"::1 GET '/no\\nroute' 404 \d+\.\d ms a-2", record.getMessage())
+    facts = {name: vars(record)[name] for name in ("event", "client", "method", "path", "status", "request_id")}
+    assert facts == {
+        "event": "request", "client": "::1", "method": "GET", "path": "/no\nroute", "status": 404, "request_id": "a-2",
+    }  # fmt: skip
+    assert not hasattr(record, "model")
+
+
+@pytest.mark.parametrize("path", ["/models/tenant_a%2Fm/invoke", "/v2/models/tenant_a/m/infer"])
+async def test_the_log_says_which_model_answered_in_which_version(
+    make_registry: MakeRegistry, caplog: pytest.LogCaptureFixture, path: str
+) -> None:
+    """In both protocols, by the name that was asked."""
+    registry = await make_registry(MemoryStore({"tenant_a/m.ubj": zoo.model().ubj}))
+    served = Guard(make_app(registry, Options()), access_log=AccessLog(registry))
+    body = '{"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 6], "data": [1, 2, 3, 4, 5, 6]}]}'
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(served), base_url="http://server") as client:
+        with caplog.at_level(logging.INFO, "modelcache.access"):
+            answer = await client.post(path, content=body if "v2" in path else "1,2,3,4,5,6")
+    assert answer.status_code == 200
+    [record] = [record for record in caplog.records if record.name == "modelcache.access"]
+    (info,) = registry.loaded()
+    assert (vars(record)["model"], vars(record)["version"]) == ("tenant_a/m", info.version)

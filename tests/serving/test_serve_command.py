@@ -67,6 +67,20 @@ def expected() -> float:
 # Both protocols, and what is between them
 
 
+def test_logs_can_be_read_by_programs(store: Path) -> None:
+    """Each line is JSON: events and requests, with model and version."""
+    options = ("--log-format", "json", "--log-level", "info", "--access-log")
+    with serving(store, *options) as server:
+        assert server.ask("POST", "/models/tenant_a%2Fm/invoke", ROW, content_type=CSV).status == 200
+        _, errors = server.end()
+    lines = [json.loads(line) for line in errors.splitlines()]
+    assert all(line["time"] and line["level"] and line["logger"] and line["message"] for line in lines)
+    (loaded,) = [line for line in lines if line.get("event") == "loaded"]
+    (request,) = [line for line in lines if line.get("event") == "request"]
+    assert (request["model"], request["version"]) == (loaded["model"], loaded["version"])
+    assert request["status"] == 200
+
+
 def test_one_line_says_where_and_what(server: Served, store: Path) -> None:
     """The store, the URL, the budget and the workers, as soon as requests are taken."""
     pattern = r"Serving (\S+) on http://127\.0\.0\.1:\d+ \(64\.0 MiB for models, 1 worker\)\n"

@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import sys
-from logging.config import DictConfigurator
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
+from pythonjsonlogger.json import JsonFormatter
 
 import zoo
 from modelcache import MemoryStore, ModelNotFoundError, UnsupportedArtifactError
-from modelcache.telemetry.logs import JSONFormatter, log_events
+from modelcache.telemetry.logs import log_events
 
 if TYPE_CHECKING:
     from conftest import MakeRegistry
@@ -27,7 +26,7 @@ class Lines(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        self.setFormatter(JSONFormatter())
+        self.setFormatter(JsonFormatter("{levelname}{message}", style="{", rename_fields={"levelname": "level"}))
         self.lines: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -103,74 +102,3 @@ async def test_logging_can_be_ended(make_registry: MakeRegistry, logger: logging
     log_events(registry, logger)()
     await registry.load("m")
     assert lines.lines == []
-
-
-def test_a_line_says_when_where_and_what(logger: logging.Logger, lines: Lines) -> None:
-    """The time is UTC, whatever the zone of the process; nothing of the record's inner life shows."""
-    record = logger.makeRecord("a.b", logging.ERROR, "file.py", 7, "%s of %d", ("one", 2), None)
-    record.created = 86_400.25
-    logger.handle(record)
-    assert lines.read() == [
-        {"time": "1970-01-02T00:00:00.250Z", "level": "ERROR", "logger": "a.b", "message": "one of 2"}
-    ]
-
-
-def test_an_exception_is_a_text_of_its_own(logger: logging.Logger, lines: Lines) -> None:
-    """With its traceback, and in one line still; so is a stack."""
-    try:
-        json.loads("{")
-    except ValueError:
-        logger.exception("it failed", stack_info=True)
-    [line] = lines.read()
-    assert line["exception"].startswith("Traceback") and line["exception"].endswith("line 1 column 2 (char 1)")
-    assert "test_an_exception_is_a_text_of_its_own" in line["stack"]
-    assert line["message"] == "it failed"
-
-
-class Wordless:
-    def __str__(self) -> str:
-        raise RuntimeError("no text")
-
-
-def ring() -> list[Any]:
-    """A list that holds itself."""
-    found: list[Any] = []
-    found.append(found)
-    return found
-
-
-@pytest.mark.parametrize(
-    ("value", "shown"),
-    [
-        ("Köln \N{SNOWMAN}\n\u2028\udc80", "Köln \N{SNOWMAN}\n\u2028\udc80"),
-        ({"a": [1, None, True]}, {"a": [1, None, True]}),
-        (ValueError("broken"), "broken"),
-        (b"\xff", r"b'\xff'"),
-        (Wordless(), "<Wordless without a text: RuntimeError>"),
-        (float("nan"), "nan"),
-        ({(1, 2): 3}, "{(1, 2): 3}"),
-        (ring(), "[[...]]"),
-        (-sys.maxsize, -sys.maxsize),
-    ],
-    ids=["text", "dict", "error", "bytes", "wordless", "nan", "keys", "ring", "int"],
-)
-def test_whatever_comes_as_extra_is_shown(logger: logging.Logger, lines: Lines, value: Any, shown: Any) -> None:
-    """As JSON where that can hold it, else as text; a line is always valid JSON."""
-    logger.info("m", extra={"fact": value, "model": "m"})
-    [line] = lines.read()
-    assert (line["fact"], line["model"]) == (shown, "m")
-
-
-def test_an_extra_takes_no_name_of_the_formatter_s(logger: logging.Logger, lines: Lines) -> None:
-    """What every line has means the same in every line."""
-    logger.info("m", extra={"level": "mine", "time": 3, "exception": "fine"})
-    [line] = lines.read()
-    assert (line["level"], line["exception"]) == ("INFO", "fine")
-    assert line["time"].endswith("Z")
-
-
-def test_it_is_configured_by_its_name() -> None:
-    """As a file for dictConfig has it."""
-    configurator = DictConfigurator({"version": 1})
-    formatter = configurator.configure_formatter({"()": "modelcache.telemetry.logs.JSONFormatter"})
-    assert isinstance(formatter, JSONFormatter)

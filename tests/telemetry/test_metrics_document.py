@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import REGISTRY
+from pythonjsonlogger.json import JsonFormatter
 from starlette.applications import Starlette
 
 from modelcache import MemoryStore, ModelRegistry
-from modelcache.telemetry.logs import JSONFormatter
 from telemetry_exported import exported
 
 if TYPE_CHECKING:
@@ -65,5 +65,5 @@ def test_its_python_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     for block in blocks:
         exec(block, names)
     assert len(blocks) == 3
-    assert [type(handler.formatter) for handler in configured] == [JSONFormatter]
+    assert [type(handler.formatter) for handler in configured] == [JsonFormatter]
     assert len(registered) == len(names["app"].routes) == 1
