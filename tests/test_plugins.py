@@ -14,6 +14,8 @@ from modelcache import CorruptArtifactError, InvalidInputError, MemoryStore, Mod
 from modelcache.testing import check_predictor
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from conftest import MakeRegistry
 
 ROWS = [[1.0, 10.0], [2.0, 20.0]]
@@ -89,13 +91,20 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("answer", FAULTS)
-async def test_a_wrong_answer_is_the_predictors_fault(make_registry: MakeRegistry, answer: str) -> None:
+def scripts(answers: Iterable[str]) -> MemoryStore:
+    """Return models m0, m1 ..., each of which answers with what its text evaluates to."""
+    return MemoryStore({f"m{number}.ubj": plugin.scripted(predict=answer) for number, answer in enumerate(answers)})
+
+
+async def test_a_wrong_answer_is_the_predictors_fault(make_registry: MakeRegistry, subtests: pytest.Subtests) -> None:
     """Whoever sent rows is not told that they are bad when the predictor breaks its contract."""
-    registry = await make_registry(MemoryStore({"m.ubj": plugin.scripted(predict=answer)}), predictor=SCRIPTED)
-    with pytest.raises(ModelCacheError, match=f"There are no predictions for these rows: .*{FAULTS[answer]}") as caught:
-        await registry.predict("m", ROWS)
-    assert (type(caught.value), caught.value.http_status, caught.value.model) == (ModelCacheError, 500, "m")
+    registry = await make_registry(scripts(FAULTS), predictor=SCRIPTED)
+    for number, (answer, fault) in enumerate(FAULTS.items()):
+        with subtests.test(answer=answer):
+            with pytest.raises(ModelCacheError, match=f"There are no predictions for these rows: .*{fault}") as caught:
+                await registry.predict(f"m{number}", ROWS)
+            found = (type(caught.value), caught.value.http_status, caught.value.model)
+            assert found == (ModelCacheError, 500, f"m{number}")
 
 
 async def test_a_value_error_refuses_the_rows(make_registry: MakeRegistry) -> None:
@@ -113,13 +122,14 @@ async def test_a_value_error_refuses_the_rows(make_registry: MakeRegistry) -> No
         await registry.predict("silent", ROWS)
 
 
-@pytest.mark.parametrize("answer", ["np.array([3, 4])", "np.array([3.0, 4.0])", "np.array([3, 4], 'f2')"])
-async def test_other_numbers_are_made_float32(make_registry: MakeRegistry, answer: str) -> None:
+async def test_other_numbers_are_made_float32(make_registry: MakeRegistry) -> None:
     """An array of other numbers is no reason to fail a call."""
-    registry = await make_registry(MemoryStore({"m.ubj": plugin.scripted(predict=answer)}), predictor=SCRIPTED)
-    answered = await registry.predict("m", ROWS)
-    assert answered.dtype == np.float32
-    assert answered.tolist() == [3, 4]
+    answers = ["np.array([3, 4])", "np.array([3.0, 4.0])", "np.array([3, 4], 'f2')"]
+    registry = await make_registry(scripts(answers), predictor=SCRIPTED)
+    for number in range(len(answers)):
+        answered = await registry.predict(f"m{number}", ROWS)
+        assert answered.dtype == np.float32
+        assert answered.tolist() == [3, 4]
 
 
 async def test_a_predictor_that_describes_its_model_wrongly_is_at_fault(make_registry: MakeRegistry) -> None:

@@ -59,19 +59,20 @@ def test_the_stopped_model_has_trees_behind_its_best() -> None:
     assert not np.array_equal(expected("stopped", rows), kind_of("stopped").expected(rows, iterations=(0, 0)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-async def test_alone_and_in_any_batch(registry: ModelRegistry, kind: str) -> None:
+async def test_alone_and_in_any_batch(registry: ModelRegistry, subtests: pytest.Subtests) -> None:
     """A row predicts the same alone, in one call with others, and in a batch that concurrent callers make."""
     rows = zoo.rows(100)
-    answer = expected(kind, rows)
-    assert np.array_equal(await registry.predict(kind, rows), answer)
-    alone = [await registry.predict(kind, row) for row in rows[:10]]
-    assert np.array_equal(np.concatenate(alone), answer[:10])
     sizes = [1, 2, 3, 7, 64, 23]
     starts = np.cumsum([0, *sizes[:-1]])
     parts = [rows[start : start + size] for start, size in zip(starts, sizes, strict=True)]
-    together = await asyncio.gather(*(registry.predict(kind, part) for part in parts))
-    assert np.array_equal(np.concatenate(together), answer)
+    for kind in KINDS:
+        with subtests.test(kind=kind):
+            answer = expected(kind, rows)
+            assert np.array_equal(await registry.predict(kind, rows), answer)
+            alone = [await registry.predict(kind, row) for row in rows[:10]]
+            assert np.array_equal(np.concatenate(alone), answer[:10])
+            together = await asyncio.gather(*(registry.predict(kind, part) for part in parts))
+            assert np.array_equal(np.concatenate(together), answer)
 
 
 async def test_missing_values(registry: ModelRegistry) -> None:

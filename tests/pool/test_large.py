@@ -86,13 +86,13 @@ async def test_rows_at_the_borders(registry: ModelRegistry, border: str) -> None
 
 
 @pytest.mark.usefixtures("slices_as_large_as_slots")
-@pytest.mark.parametrize("output", OUTPUTS)
-@pytest.mark.parametrize("name", ["m", "classes"])
-async def test_all_outputs(registry: ModelRegistry, name: str, output: Output) -> None:
+async def test_all_outputs(registry: ModelRegistry, subtests: pytest.Subtests) -> None:
     """Also those that take more bytes than the rows, and more than their slot: contributions, leaves."""
-    model = {"m": MODEL, "classes": CLASSES}[name]
-    answer = await registry.predict(name, LARGE, output=output)
-    assert np.array_equal(answer, model.expected(LARGE, **OUTPUTS[output]))
+    for name, model in {"m": MODEL, "classes": CLASSES}.items():
+        for output, options in OUTPUTS.items():
+            with subtests.test(name=name, output=output):
+                answer = await registry.predict(name, LARGE, output=output)
+                assert np.array_equal(answer, model.expected(LARGE, **options))
 
 
 @pytest.mark.parametrize("output", ["value", "contribs"])
@@ -127,24 +127,25 @@ LAYOUTS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-async def test_all_layouts(registry: ModelRegistry, layout: str) -> None:
+async def test_all_layouts(registry: ModelRegistry, subtests: pytest.Subtests) -> None:
     """Numbers of any kind and order in memory are rounded as they are in a small call."""
-    rows = LAYOUTS[layout](LARGE)
-    matrix, _ = as_matrix(rows)
-    expected = MODEL.booster.inplace_predict(matrix)  # a DMatrix would refuse infinite values
-    assert np.array_equal(await registry.predict("m", rows), expected)
+    for layout, lay_out in LAYOUTS.items():
+        with subtests.test(layout=layout):
+            rows = lay_out(LARGE)
+            matrix, _ = as_matrix(rows)
+            expected = MODEL.booster.inplace_predict(matrix)  # a DMatrix would refuse infinite values
+            assert np.array_equal(await registry.predict("m", rows), expected)
 
 
 FRAMES: dict[str, Callable[[dict[str, Any]], Any]] = {"pandas": pd.DataFrame, "polars": pl.DataFrame, "arrow": pa.table}
 
 
-@pytest.mark.parametrize("frame", FRAMES)
-async def test_columns_by_name(registry: ModelRegistry, frame: str) -> None:
+async def test_columns_by_name(registry: ModelRegistry, subtests: pytest.Subtests) -> None:
     """Columns in another order than the model's are put in order slice by slice."""
-    order = [3, 0, 5, 1, 4, 2]
-    rows = FRAMES[frame]({zoo.FEATURES[index]: LARGE[:, index] for index in order})
-    assert np.array_equal(await registry.predict("named", rows), NAMED.expected(LARGE))
+    columns = {zoo.FEATURES[index]: LARGE[:, index] for index in [3, 0, 5, 1, 4, 2]}
+    for frame, make in FRAMES.items():
+        with subtests.test(frame=frame):
+            assert np.array_equal(await registry.predict("named", make(columns)), NAMED.expected(LARGE))
     foreign = FRAMES[frame](dict(zip("abcdef", LARGE.T, strict=True)))
     with pytest.raises(InvalidInputError, match="unexpected: 'a'"):
         await registry.predict("named", foreign)
