@@ -9,8 +9,8 @@ from importlib.util import find_spec
 
 from modelcache.errors import MissingDependencyError
 
-for _package in ("starlette", "orjson", "google.protobuf"):
-    if not find_spec(_package.partition(".")[0]):
+for _package in ("starlette", "orjson", "google", "google.protobuf"):
+    if not find_spec(_package):  # "google" is a folder of many packages
         raise MissingDependencyError(f"modelcache.serving needs {_package}: pip install 'modelcache[serve]'")
 
 from modelcache.serving.open_inference_app import open_inference  # noqa: E402 - says what is missing first
