@@ -51,10 +51,19 @@ class Deadlines:
     def _look(self) -> None:
         now = monotonic()
         self._timer, self._next = None, inf
-        for number in [number for number, (deadline, _) in self._noted.items() if deadline <= now]:
-            _, expire = self._noted.pop(number)
+        try:
+            for number in [number for number, (deadline, _) in self._noted.items() if deadline <= now]:
+                self._expire(number)
+        finally:  # whatever one of them raises, the others have their turn
+            self._look_again()
+
+    def _expire(self, number: int) -> None:
+        noted = self._noted.pop(number, None)
+        if noted is not None:  # one that has just expired may have ended this call, too
+            _, expire = noted
             expire()
-        if self._noted:
-            first = min(deadline for deadline, _ in self._noted.values())
-            if first < self._next:  # what has just expired may have led to another call
-                self._set_timer(first)
+
+    def _look_again(self) -> None:
+        first = min((deadline for deadline, _ in self._noted.values()), default=inf)
+        if first < self._next:  # what has just expired may have led to another call
+            self._set_timer(first)

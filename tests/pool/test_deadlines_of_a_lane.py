@@ -96,6 +96,36 @@ async def test_a_call_made_by_one_that_expires_has_its_own_deadline(clock: Clock
     assert expired == ["first", "again", "second"]
 
 
+async def test_one_that_fails_to_expire_takes_no_other_with_it(clock: Clock) -> None:
+    """Those that are due with it expire at once, and those that are due later have their timer."""
+    deadlines, expired = Deadlines(), list[int]()
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    deadlines.note(1, 1001.0, fail)
+    deadlines.note(2, 1001.0, lambda: expired.append(2))
+    deadlines.note(3, 1005.0, lambda: expired.append(3))
+    with pytest.raises(ZeroDivisionError):
+        clock.advance_to(1001.0)
+    clock.advance_to(1001.0)
+    assert expired == [2]
+    clock.advance_to(1005.0)
+    assert expired == [2, 3]
+
+
+async def test_one_that_expires_may_end_the_others(clock: Clock) -> None:
+    """What is forgotten in the same moment does not expire, and a lane that has ended keeps no timer."""
+    deadlines, expired = Deadlines(), list[int]()
+    deadlines.note(1, 1001.0, lambda: deadlines.forget(2))
+    deadlines.note(2, 1001.0, lambda: expired.append(2))
+    deadlines.note(3, 1002.0, deadlines.clear)
+    deadlines.note(4, 1002.0, lambda: expired.append(4))
+    clock.advance_to(1002.0)
+    assert not expired
+    assert not clock.running
+
+
 async def test_a_lane_that_has_ended_keeps_no_timer(clock: Clock) -> None:
     """Nothing refers to it any more; it may be used again."""
     deadlines, expired = Deadlines(), list[int]()
