@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import platform
+from contextlib import suppress
 from typing import TYPE_CHECKING, get_args
 
 import modelcache
@@ -63,6 +64,12 @@ _LOAD_ERRORS = (
 )  # fmt: skip
 """What a load can end with; subclasses, too."""
 
+_DEATHS = ("SIGKILL", "SIGSEGV", "SIGABRT", "SIGBUS", "SIGTERM", "exit code 1", "unknown")
+"""What workers usually die of: a series that is there from the start shows the first of them, too."""
+
+_ATTEMPTS = 9
+"""To read figures from another thread, each of which meets a change only now and then."""
+
 
 class RegistryCollector(Collector):
     """A collector of ``prometheus_client``: ``REGISTRY.register(RegistryCollector(registry))``.
@@ -90,11 +97,10 @@ class RegistryCollector(Collector):
         )
 
     def _stats(self) -> RegistryStats:
-        while True:
-            try:
+        for _ in range(_ATTEMPTS - 1):
+            with suppress(RuntimeError):  # in another thread a model has been used, just as the oldest was looked up
                 return self._registry.stats()
-            except RuntimeError:  # in another thread a model has been used, just as the oldest one was looked up
-                continue
+        return self._registry.stats()
 
 
 def metrics_app(registry: ModelRegistry, *, models: int = 100) -> ASGIApp:
@@ -169,9 +175,8 @@ def _counters(stats: RegistryStats) -> Iterator[Metric]:
         "modelcache_copies_made", "Copies of hot models that were made in further workers.", stats.copies_made
     )
     yield counter("modelcache_worker_restarts", "Workers that took the place of dead ones.", stats.worker_restarts)
-    yield _by(
-        "modelcache_worker_deaths", "Workers that died, by the signal or exit code.", "reason", stats.worker_deaths
-    )
+    deaths = dict.fromkeys(_DEATHS, 0) | dict(stats.worker_deaths)
+    yield _by("modelcache_worker_deaths", "Workers that died, by the signal or exit code.", "reason", deaths)
 
 
 def _by(name: str, help_text: str, label: str, values: Mapping[str, int]) -> CounterMetricFamily:
@@ -182,11 +187,9 @@ def _by(name: str, help_text: str, label: str, values: Mapping[str, int]) -> Cou
 
 
 def _names(kinds: Iterable[type[ModelCacheError]]) -> Iterator[str]:
-    """Give the names of error classes and of their subclasses."""
+    """Give the names of error classes and of their subclasses; those of a store's own show when they come."""
     for kind in kinds:
-        if (
-            kind.__module__ == ModelCacheError.__module__
-        ):  # a store may have errors of its own: they show when they come
+        if kind.__module__ == ModelCacheError.__module__:
             yield kind.__name__
             yield from _names(kind.__subclasses__())
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import httpx
 import pytest
@@ -21,7 +21,8 @@ from starlette.routing import Mount, Route
 
 import modelcache
 import zoo
-from modelcache import MemoryStore, ModelNotFoundError, ModelRegistry, Summary
+from modelcache import MemoryStore, ModelNotFoundError, ModelRegistry, RegistryClosedError, Summary
+from modelcache.records import EvictionCause
 from modelcache.telemetry.prometheus import RegistryCollector, metrics_app
 from modelcache.testing import GatedStore
 
@@ -182,6 +183,20 @@ async def test_the_figures_are_the_registry_s(make_registry: MakeRegistry) -> No
     ]
 
 
+def test_what_has_not_happened_yet_is_0() -> None:
+    """increase() takes a series that begins with 1 for one in which nothing happened."""
+    found = samples(RegistryCollector(watched(worker_deaths={"SIGKILL": 2, "exit code 7": 1})).collect())
+    deaths = {dict(labels)["reason"]: count for (name, labels), count in found.items() if "worker_deaths" in name}
+    assert deaths == {
+        "SIGKILL": 2, "SIGSEGV": 0, "SIGABRT": 0, "SIGBUS": 0, "SIGTERM": 0, "exit code 1": 0, "unknown": 0,
+        "exit code 7": 1,
+    }  # fmt: skip
+    causes = {dict(labels)["cause"] for name, labels in found if name == "modelcache_evictions_total"}
+    assert causes == set(get_args(EvictionCause))
+    errors = {dict(labels)["error"] for name, labels in found if name == "modelcache_load_failures_total"}
+    assert errors >= {"ModelNotFoundError", "StoreAccessDeniedError", "CorruptArtifactError", "WorkerCrashedError"}
+
+
 def test_buckets_count_what_is_below_their_bounds() -> None:
     """They grow from bound to bound, and the last one holds all."""
     below = tuple(range(len(Summary.bounds)))
@@ -325,6 +340,18 @@ def test_a_table_that_changes_under_a_scrape_is_looked_at_again() -> None:
             return registry.stats()
 
     assert samples(RegistryCollector(Changing()).collect())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("error", [RecursionError, RegistryClosedError])
+def test_what_goes_wrong_each_time_is_raised(error: type[RuntimeError]) -> None:
+    """A scrape ends, whatever the registry says."""
+
+    class Broken:
+        def stats(self) -> modelcache.RegistryStats:
+            raise error("always")
+
+    with pytest.raises(error):
+        list(RegistryCollector(Broken()).collect())  # type: ignore[arg-type]
 
 
 async def test_a_registry_is_scraped_before_its_start_and_after_its_end() -> None:
