@@ -56,7 +56,7 @@ def serve(artifacts: Path) -> Iterator[str]:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:  # noqa: S603 - ours
         assert server.stdout is not None
         try:
-            yield server.stdout.readline().split(" on ")[1].split()[0]
+            yield "http://" + server.stdout.readline().split(" on http://")[1].split()[0]
         finally:
             server.terminate()  # it answers what it has accepted, and ends
 
