@@ -7,6 +7,7 @@
     curl localhost:8080/prices/Chicago_IL --json '[[1990, 3047, 5, 1.0, 1.11, 2]]'
 """
 
+import json
 import math
 import os
 from collections.abc import AsyncIterator
@@ -25,7 +26,11 @@ async def registry(app: web.Application) -> AsyncIterator[None]:
 
 
 async def prices(request: web.Request) -> web.Response:
-    city, rows = request.match_info["city"], await request.json()
+    city = request.match_info["city"]
+    try:
+        rows = json.loads(await request.read())
+    except (ValueError, RecursionError):  # not JSON, not UTF-8, nested a thousand deep: with request.json() a 500
+        raise web.HTTPBadRequest(text="The body is not JSON.") from None
     answer = await request.app[REGISTRY].invoke(city, rows, timeout=10)
     return web.json_response(
         {"city": city, "prices": answer.predictions.tolist(), "was_loaded": answer.tier == "memory"}

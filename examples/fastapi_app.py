@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
@@ -60,3 +61,10 @@ async def refuse(_: Request, error: ModelCacheError) -> JSONResponse:
     """404 for a city without a model, 400 for bad rows, 503 with Retry-After when there are too many calls, ..."""
     headers = {} if error.retry_after is None else {"Retry-After": str(math.ceil(error.retry_after))}
     return JSONResponse({"error": type(error).__name__, "message": str(error)}, error.http_status, headers)
+
+
+@app.exception_handler(RequestValidationError)
+async def reject(_: Request, error: RequestValidationError) -> JSONResponse:
+    """422 for a body of another form, and without the input: JSON has no NaN, with which this would be a 500."""
+    found = [{key: part[key] for key in ("type", "loc", "msg")} for part in error.errors()]
+    return JSONResponse({"detail": found}, 422)

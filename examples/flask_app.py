@@ -36,3 +36,9 @@ def refuse(error: ModelCacheError) -> tuple[dict[str, str], int, dict[str, str]]
     """404 for a city without a model, 400 for bad rows, 503 with Retry-After when there are too many calls, ..."""
     headers = {} if error.retry_after is None else {"Retry-After": str(math.ceil(error.retry_after))}
     return {"error": type(error).__name__, "message": str(error)}, error.http_status, headers
+
+
+@app.errorhandler(RecursionError)
+def refuse_body(_: RecursionError) -> tuple[dict[str, str], int]:
+    """400 for lists nested a thousand deep, which Flask would answer with 500."""
+    return {"error": "RecursionError", "message": "The body is nested too deeply."}, 400

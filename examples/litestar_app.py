@@ -53,9 +53,14 @@ def refuse(_: Request[Any, Any, Any], error: ModelCacheError) -> Response[dict[s
     return Response(body, status_code=error.http_status, headers=headers)
 
 
+def refuse_body(_: Request[Any, Any, Any], error: Exception) -> Response[dict[str, str]]:
+    """400 for what Litestar would answer with 500: strings that are not UTF-8, and lists nested a thousand deep."""
+    return Response({"error": type(error).__name__, "message": "The body is not JSON."}, status_code=400)
+
+
 app = Litestar(
     [prices],
     lifespan=[REGISTRY],
     dependencies={"registry": Provide(lambda: REGISTRY, sync_to_thread=False)},
-    exception_handlers={ModelCacheError: refuse},
+    exception_handlers={ModelCacheError: refuse, UnicodeDecodeError: refuse_body, RecursionError: refuse_body},
 )

@@ -28,6 +28,9 @@ HOUSE = {"year_built": 1990, "square_feet": 3047, "bedrooms": 5, "bathrooms": 1.
          "garage_spaces": 2}  # fmt: skip
 ROW = list(HOUSE.values())
 
+NO_JSON = (b"", b"[[1", b'["\xe9"]', b"\xff\xfe[", b"[" * 99_999, b'[{"year_built": NaN}]', b'"\\ud800"')
+"""Bodies whose sender is to hear that it is his mistake, in whatever way the framework comes upon it."""
+
 UVICORN = "-m uvicorn --app-dir {examples} --port 0 {app}:app"
 
 
@@ -90,7 +93,7 @@ def address(output: IO[str]) -> str:
 
 @pytest.mark.parametrize("app", APPS)
 def test_an_app_answers(app: str, models: Path, no_processes_left: None) -> None:
-    """A cold call, a warm one, 16 at once, a city without a model, and a house that is none."""
+    """A cold call, a warm one, 16 at once, a city without a model, a house that is none, and a body that is none."""
     example = APPS[app]
     with running(app, example.command, models) as client:
         check(client, example)
@@ -110,6 +113,9 @@ def check(client: httpx.Client, example: Example) -> None:
     assert "Nowhere" in missing.json()["message"]
     assert client.post("/prices/Chicago_IL", json=[example.bad_house]).status_code == example.refusal
     assert client.post("/prices/Chicago_IL", json=[]).status_code == 400
+    for body in NO_JSON:
+        answer = client.post("/prices/Chicago_IL", content=body, headers={"Content-Type": "application/json"})
+        assert answer.status_code in (400, 422), body[:30]
 
 
 def test_the_protocols_in_an_app(models: Path, no_processes_left: None) -> None:
