@@ -22,8 +22,8 @@ import report
 from batch_models import COLUMNS, make_batches
 from command import make_parser, parse, publish
 from comparing import Claim, case_table, check_claims, claim_line, entry
-from harness import ENVIRONMENT, Contender
-from models import DEPTH, TREES
+from harness import Contender
+from models import DEPTH, ENVIRONMENT, TREES
 from plots import plot_batch
 from rivals import RIVALS
 

@@ -7,14 +7,13 @@ memory: the pages are shared.
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from models import DEPTH, TREES, ask, pack
+from models import DEPTH, TREES, ask, pack, run_apart
 
 if TYPE_CHECKING:
     from models import Matrix
@@ -25,7 +24,7 @@ _TRAINED_ON = 5000
 
 def make_batches(folder: Path, rows: int) -> None:
     """Train the models, and write so many rows for each."""
-    subprocess.run([sys.executable, __file__, str(folder), str(rows)], check=True)
+    run_apart(__file__, folder, rows)
 
 
 def read_batch(folder: Path, columns: int) -> tuple[Matrix, Matrix]:

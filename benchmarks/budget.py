@@ -26,8 +26,7 @@ import numpy as np
 
 import report
 from command import make_parser, parse, publish
-from harness import ENVIRONMENT
-from models import NAMES, ONE, as_lists, make_fleet, read_questions
+from models import ENVIRONMENT, NAMES, ONE, as_lists, make_fleet, read_questions
 from plots import plot_budget
 from rivals import Direct, Echo
 from timed_predictor import LOG_SIZE, log_path, read_log

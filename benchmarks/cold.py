@@ -26,8 +26,8 @@ from cold_models import AS_JSON, BUCKET, MEDIUM, SMALL, make_bucket, offer
 from cold_rivals import CONNECTIONS, RIVALS
 from command import make_parser, parse, publish
 from comparing import Claim, case_table, check_claims, claim_line, entry
-from harness import ENVIRONMENT, Contender
-from models import ONE
+from harness import Contender
+from models import ENVIRONMENT, ONE
 from plots import plot_cold
 from swapping import CALLERS, NAME
 

@@ -8,14 +8,13 @@ of which answers otherwise; versions.npz has a row and what each version answers
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from models import DEPTH, ONE, TREES, ask, houses, make_questions, train
+from models import DEPTH, ONE, TREES, ask, houses, make_questions, run_apart, train
 
 if TYPE_CHECKING:
     from models import Matrix
@@ -28,7 +27,7 @@ _COUNTS = {SMALL: 10, MEDIUM: 4, AS_JSON: 2}
 
 def make_bucket(folder: Path, *, versions: int, json_trees: int) -> None:
     """Train the models."""
-    subprocess.run([sys.executable, __file__, str(folder), str(versions), str(json_trees)], check=True)
+    run_apart(__file__, folder, versions, json_trees)
     (folder / "buckets" / BUCKET).mkdir(parents=True)
 
 

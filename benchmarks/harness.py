@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import psutil
 
-from models import ROWS, read_questions
+from models import ENVIRONMENT, ROWS, read_questions
 from open_loop import cost_of_refusals, open_loop
 
 if TYPE_CHECKING:
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from rivals import Rival
 
 HERE = Path(__file__).resolve().parent
-
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "OPENBLAS_NUM_THREADS": "1"}
-"""The same for all rivals, and what modelcache gives its workers."""
 
 
 @dataclass

@@ -27,9 +27,9 @@ from rich.progress import Progress
 import report
 from command import make_parser, parse, publish
 from comparing import Claim, check_claims, claim_line, entry
-from harness import ENVIRONMENT, Contender
+from harness import Contender
 from isolation_rivals import AWAY, CLIENTS, RIVALS, STORM
-from models import DEPTH, NAMES, TREES, make_fleet, offer_cold
+from models import DEPTH, ENVIRONMENT, NAMES, TREES, make_fleet, offer_cold
 from plots import plot_isolation
 
 if TYPE_CHECKING:

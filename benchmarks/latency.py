@@ -22,8 +22,8 @@ from rich.progress import Progress
 import report
 from command import make_parser, parse, publish
 from comparing import Claim, case_table, check_claims, claim_line, entry
-from harness import ENVIRONMENT, Contender
-from models import DEPTH, NAMES, ONE, THOUSAND, TREES, copies, make_fleet
+from harness import Contender
+from models import DEPTH, ENVIRONMENT, NAMES, ONE, THOUSAND, TREES, copies, make_fleet
 from plots import plot_latency
 from rivals import RIVALS, YARDSTICK
 

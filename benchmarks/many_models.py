@@ -23,9 +23,9 @@ from rich.progress import Progress
 import report
 from command import make_parser, parse, publish
 from comparing import Claim, check_claims, claim_line, correctness, entry
-from harness import ENVIRONMENT, Contender
+from harness import Contender
 from many_rivals import RIVALS, names_of
-from models import DEPTH, NAMES, TREES, make_fleet
+from models import DEPTH, ENVIRONMENT, NAMES, TREES, make_fleet
 from plots import plot_many_models
 from rivals import YARDSTICK
 

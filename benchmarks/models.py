@@ -29,6 +29,9 @@ FEATURES = ("year_built", "square_feet", "bedrooms", "bathrooms", "lot_acres", "
 WHOLE_NUMBERS = (True, True, True, False, False, True)
 """Which features a JSON body or a user would write without a decimal point."""
 
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "OPENBLAS_NUM_THREADS": "1"}
+"""The same for all rivals, and what modelcache gives its workers."""
+
 TREES, DEPTH = 25, 5
 ONE, HUNDRED, THOUSAND = "one", "hundred", "thousand"
 """Sets of questions: calls of one row, of 100, and of 1,000."""
@@ -63,7 +66,12 @@ def make_fleet(
     folder: Path, *, trees: int = TREES, depth: int = DEPTH, kinds: tuple[str, ...] = (ONE, THOUSAND)
 ) -> None:
     """Train the models, write each as NAME.tar.gz, and questions.npz: rows with XGBoost's own answers."""
-    subprocess.run([sys.executable, __file__, str(folder), str(trees), str(depth), *kinds], check=True)
+    run_apart(__file__, folder, trees, depth, *kinds)
+
+
+def run_apart(script: str, *arguments: Any) -> None:
+    """Run ``script`` in a process of its own, with the settings of the rivals: idle threads would take processors."""
+    subprocess.run([sys.executable, script, *map(str, arguments)], env=os.environ | ENVIRONMENT, check=True)
 
 
 def _make_fleet(folder: Path, trees: int, depth: int, kinds: list[str]) -> None:

@@ -24,9 +24,9 @@ from rich.progress import Progress
 import report
 from command import make_parser, parse, publish
 from comparing import Claim, case_table, check_claims, claim_line, entry
-from harness import ENVIRONMENT, Contender
+from harness import Contender
 from http_rivals import RIVALS
-from models import DEPTH, NAMES, ONE, TREES, make_fleet
+from models import DEPTH, ENVIRONMENT, NAMES, ONE, TREES, make_fleet
 from plots import plot_over_http
 
 if TYPE_CHECKING:

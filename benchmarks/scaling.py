@@ -23,8 +23,8 @@ from rich.progress import Progress
 import report
 from command import make_parser, parse, publish
 from comparing import Claim, check_claims, claim_line, entry
-from harness import ENVIRONMENT, Contender
-from models import DEPTH, HOT, NAMES, ROWS, make_fleet
+from harness import Contender
+from models import DEPTH, ENVIRONMENT, HOT, NAMES, ROWS, make_fleet
 from plots import plot_scaling
 from scaling_rivals import CLIENTS, RIVALS
 

@@ -23,8 +23,8 @@ from rich.progress import Progress
 import report
 from command import make_parser, parse, publish
 from comparing import Claim, case_table, check_claims, claim_line, entry
-from harness import ENVIRONMENT, Contender
-from models import DEPTH, HUNDRED, NAMES, ONE, TREES, make_fleet
+from harness import Contender
+from models import DEPTH, ENVIRONMENT, HUNDRED, NAMES, ONE, TREES, make_fleet
 from plots import plot_throughput
 from rivals import YARDSTICK
 from throughput_rivals import DEADLINE, HEAVY, QUEUE_LIMIT, RIVALS
