@@ -11,6 +11,7 @@ An echo between two processes takes its turn with the lone clients: nothing with
 from __future__ import annotations
 
 import asyncio
+import os
 import tempfile
 import time
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ import numpy as np
 import report
 from command import make_parser, parse, publish
 from modelcache import MemoryStore, ModelRegistry
-from models import houses, train
+from models import ENVIRONMENT, houses, train
 from plots import plot_engines
 from rivals import Echo
 
@@ -54,6 +55,7 @@ def main() -> None:
     """Measure, report, write."""
     options = parse(make_parser(__doc__), FULL, QUICK)
     plan = options.plan
+    os.environ.update(ENVIRONMENT)
     results = report.environment("modelcache", "xgboost-cpu", "onnxruntime", "numpy") | {"benchmark": "engines"}
     results["cases"] = [asyncio.run(compare(trees, depth, plan.rounds, plan.seconds)) for trees, depth in plan.sizes]
     results["rounds"] = plan.rounds

@@ -66,10 +66,12 @@ class Plan:
     """Seconds of calls before it."""
     first_calls: int
     """In each cold measurement."""
+    memory_alone: bool
+    """Whether each rival's memory is measured while no other is there to share pages with, by one more start of it."""
 
 
-FULL = Plan(rounds=7, seconds=0.4, warm_up=0.1, first_calls=50)
-QUICK = Plan(rounds=2, seconds=0.03, warm_up=0.02, first_calls=10)
+FULL = Plan(rounds=7, seconds=0.4, warm_up=0.1, first_calls=50, memory_alone=True)
+QUICK = Plan(rounds=1, seconds=0.03, warm_up=0.02, first_calls=10, memory_alone=False)
 
 
 def main() -> None:
@@ -107,18 +109,19 @@ def measure(folder: Path, plan: Plan, keys: list[str]) -> dict[str, Any]:
         | {"models": len(NAMES), "trees": TREES, "depth": DEPTH, "nthread": 1, "environment": ENVIRONMENT},
     }
     make_fleet(folder)
-    memory = {key: _memory_alone(key, folder, plan) for key in keys}
+    alone = {key: _memory_alone(key, folder, plan) for key in keys if plan.memory_alone}
     with ExitStack() as stack:
         contenders = [stack.enter_context(Contender(key, folder)) for key in keys]
         for contender in contenders:
             _load_everything(contender, plan)
         results["cases"] = _summarised(_take_turns(contenders, plan, folder))
+        memory = alone or {contender.key: contender.memory() for contender in contenders}
         results["rivals"] = {contender.key: _about(contender, memory[contender.key]) for contender in contenders}
     return results
 
 
 def _memory_alone(key: str, folder: Path, plan: Plan) -> Round:
-    """Return what a rival takes while no other is there to share pages with."""
+    """Return what a rival takes, having every model."""
     with Contender(key, folder) as contender:
         _load_everything(contender, plan)
         return contender.memory()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that one quick run has filled."""
-    return run_quickly("latency.py", tmp_path_factory.mktemp("results"), "--rounds", "1")
+    return run_quickly("latency.py", tmp_path_factory.mktemp("results"))
 
 
 @pytest.fixture(scope="module")

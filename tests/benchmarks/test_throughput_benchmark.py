@@ -17,9 +17,7 @@ SHARES = (0.5, 0.8, 1.0, 1.2, 2.0)
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that one quick run has filled."""
-    return run_quickly(
-        "throughput.py", tmp_path_factory.mktemp("results"), "--rounds", "1", "--rivals", "modelcache", "limited"
-    )
+    return run_quickly("throughput.py", tmp_path_factory.mktemp("results"), "--rivals", "modelcache", "limited")
 
 
 @pytest.fixture(scope="module")
