@@ -18,11 +18,19 @@ def make_parser(doc: str | None, rivals: Iterable[str] = ()) -> argparse.Argumen
     assert doc is not None
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a few seconds, to see that it works")
-    parser.add_argument("--rounds", type=int, help="how often the rivals take turns")
+    parser.add_argument("--rounds", type=positive_integer, help="how often the rivals take turns")
     if keys := tuple(rivals):
         parser.add_argument("--rivals", nargs="+", choices=keys, default=list(keys), metavar="KEY")
     parser.add_argument("--output", type=Path, default=report.RESULTS, help="folder for the results")
     return parser
+
+
+def positive_integer(text: str) -> int:
+    """Return a whole number above 0; of a ValueError argparse tells the user which option it was for."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
 
 
 def parse(parser: argparse.ArgumentParser, full: Any, quick: Any) -> argparse.Namespace:
