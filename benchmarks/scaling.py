@@ -55,7 +55,7 @@ class Plan:
 
 
 FULL = Plan(rounds=7, seconds=1.0, warm_up=0.5, patience=15.0, trees=500)
-QUICK = Plan(rounds=1, seconds=0.1, warm_up=0.05, patience=1.0, trees=50)
+QUICK = Plan(rounds=1, seconds=0.05, warm_up=0.02, patience=0.3, trees=25)
 
 CLAIMS = (
     Claim("One hot model is answered by 2 workers at least 1.7 times as often as by 1",
