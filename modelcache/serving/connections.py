@@ -81,7 +81,7 @@ class Connection(HttpToolsProtocol):
         self._heading = False
         """Its headers are not all here."""
         self._size = 0
-        """Bytes received since it began, at least those of its headers."""
+        """Bytes received since it began, or since the last of its body: at least those of its headers or trailers."""
         self._upgrading = b""
         """The method of a request that asks for another protocol than HTTP/1.1, until it is read anew."""
         self._over = False
@@ -92,7 +92,7 @@ class Connection(HttpToolsProtocol):
     # What the client sends
 
     def data_received(self, data: bytes) -> None:
-        """Feed the parser, unless the client has been refused or its headers have no end."""
+        """Feed the parser, unless the client has been refused or its headers, or trailers, have no end."""
         if self._over:
             return
         self._size += len(data)
@@ -102,7 +102,7 @@ class Connection(HttpToolsProtocol):
         except httptools.HttpParserError as error:
             self._refuse_nonsense(error)
         else:
-            if self._heading and self._size > self._limits.header_bytes:
+            if self._partial and self._size > self._limits.header_bytes:
                 self._refuse_headers()
 
     def _parse(self, data: bytes) -> None:
@@ -125,6 +125,11 @@ class Connection(HttpToolsProtocol):
         self._since = self.loop.time()
         self._partial = self._heading = True
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header. What comes behind a body is none: it was not there when the request was let in."""
+        if self._heading:
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         """All headers of a request are here; it is begun, unless there are too many of them."""
         self._heading = False
@@ -142,6 +147,11 @@ class Connection(HttpToolsProtocol):
         super().on_headers_complete()
         if self._drain.begun and self.cycle is not before:
             self._make_last()
+
+    def on_body(self, body: bytes) -> None:
+        """A part of the body is here."""
+        super().on_body(body)
+        self._size = 0
 
     def on_message_complete(self) -> None:
         """A request is all here."""

@@ -13,8 +13,10 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from modelcache.serving.access import Grant
 from modelcache.serving.connections import Limits
 from modelcache.serving.guard import Guard
+from modelcache.serving.tokens import Tokens
 from serving.own_server import running
 
 if TYPE_CHECKING:
@@ -104,6 +106,34 @@ async def test_headers_up_to_the_limit_are_taken(app: App) -> None:
             assert (await client.answer())[2] == b"%d" % number
         await client.send(POST % (100 << 10) + b"x" * (100 << 10))
         assert len((await client.answer())[2]) == 100 << 10
+
+
+CHUNKED = b"POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n"
+
+
+@pytest.mark.parametrize(
+    "trailers",
+    [b"0\r\n" + b"X: 1\r\n" * 20_000, b"0\r\nX: " + b"x" * (33 << 10), b"2;" + b"x" * (33 << 10)],
+    ids=["many", "a long one", "an extension of a chunk"],
+)
+async def test_trailers_have_the_limit_of_headers(app: App, trailers: bytes) -> None:
+    """What comes behind a body, or between its parts, is bounded in bytes as headers are, whether or not it ends."""
+    async with running(app.asgi) as server:
+        client = await server.connect()
+        await client.send(CHUNKED)
+        await app.held.wait()
+        await client.send(trailers)
+        assert (await client.answer())[0] == 431
+        assert await client.rest() == b""
+
+
+async def test_a_trailer_is_no_header(app: App) -> None:
+    """Nobody gets in by a token behind the body, and no trailer is kept."""
+    async with running(Guard(app.asgi, tokens=Tokens({"admin": Grant()}))) as server:
+        client = await server.connect()
+        await client.send(CHUNKED + b"0\r\nAuthorization: Bearer admin\r\nX-Request-Id: a-1\r\n\r\n")
+        status, fields, _ = await client.answer()
+        assert (status, fields["x-request-id"] == "a-1") == (401, False)
 
 
 # Too slowly
