@@ -39,7 +39,7 @@ class Served:
     def __init__(self, process: subprocess.Popen[str], line: str) -> None:
         self.process = process
         self.line = line
-        self.urls = re.findall(r"http://\S+?:\d+", line)
+        self.urls = re.findall(r" on (http://\S+?:\d+)", line)  # the store's comes first, and may be one, too
         self.url = self.urls[0]
         self.host, self.port = place(self.url)
 
