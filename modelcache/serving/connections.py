@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _PARTING = 2.0
 """Seconds in which a client that is refused in the middle of its request may read why, before the connection goes."""
+_VERSIONS = frozenset({"1.0", "1.1"})
 _PIPELINED = 100
 """Requests that one client may have sent ahead, and be answered, when the server ends."""
 
@@ -57,12 +58,13 @@ class ServerConfig(Config):
         self.drain = Drain()
 
 
-class _TooManyHeadersError(Exception):
-    """Stops the parser."""
+class _RefusedError(Exception):
+    """Stops the parser at a request that is understood, and not taken."""
 
-
-class _NoProxyError(Exception):
-    """Stops the parser, too."""
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+        self.reason = reason
 
 
 class Connection(HttpToolsProtocol):
@@ -103,17 +105,23 @@ class Connection(HttpToolsProtocol):
             self._refuse_nonsense(error)
         else:
             if self._partial and self._size > self._limits.header_bytes:
-                self._refuse_headers()
+                self._refuse(431, self._header_limits())
 
     def _parse(self, data: bytes) -> None:
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            # The parser takes for another protocol what is the body if we go on with this one: so that is read anew, as
-            # if we had not been asked. Clients ask by the way; Java's does so for HTTP/2, with its first request.
-            (offset,) = upgrade.args
-            self.parser = httptools.HttpRequestParser(self)
-            self.parser.feed_data(self._without_upgrade() + data[offset:])
+        rest = memoryview(data)
+        while rest:
+            try:
+                self.parser.feed_data(rest)
+            except httptools.HttpParserUpgrade as upgrade:
+                # The parser takes for another protocol what is the body if we go on with this one: so that is read
+                # anew, as if we had not been asked. Clients ask by the way; Java's does so for HTTP/2, with its first
+                # request.
+                (offset,) = upgrade.args
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.feed_data(self._without_upgrade())
+                rest = rest[offset:]
+            else:
+                return
 
     def _without_upgrade(self) -> bytes:
         lines = [b"%s: %s\r\n" % field for field in self.headers if field[0] != b"upgrade"]
@@ -136,11 +144,13 @@ class Connection(HttpToolsProtocol):
         if len(self.headers) > self._limits.headers or (
             self._size > self._limits.header_bytes and self._header_bytes() > self._limits.header_bytes
         ):
-            raise _TooManyHeadersError
+            raise _RefusedError(431, self._header_limits())
+        if self.parser.get_http_version() not in _VERSIONS:
+            raise _RefusedError(505, "Only HTTP/1.1 and HTTP/1.0 are spoken here.")
         self._size = 0
         self._upgrading = self.parser.get_method() if self.parser.should_upgrade() else b""
         if self._upgrading == b"CONNECT":
-            raise _NoProxyError
+            raise _RefusedError(400, "This is no proxy.")
         if self._upgrading:
             return
         before = self.cycle
@@ -191,17 +201,17 @@ class Connection(HttpToolsProtocol):
             self.transport.abort()  # closed politely, it would wait for a client who does not read its answer
 
     def _refuse_nonsense(self, error: httptools.HttpParserError) -> None:
-        if isinstance(error.__context__, _TooManyHeadersError):
-            self._refuse_headers()
+        if isinstance(error.__context__, _RefusedError):
+            self._refuse(error.__context__.status, error.__context__.reason)
         else:
             self._refuse(400, "This is no request of HTTP/1.1.")
 
     def _header_bytes(self) -> int:
         return len(self.url) + sum(len(name) + len(value) + len(": \r\n") for name, value in self.headers)
 
-    def _refuse_headers(self) -> None:
+    def _header_limits(self) -> str:
         most, size = self._limits.headers, self._limits.header_bytes
-        self._refuse(431, f"A request may have {most} headers of {size:,} bytes in all, with its first line.")
+        return f"A request may have {most} headers of {size:,} bytes in all, with its first line."
 
     def _refuse(self, status: int, reason: str) -> None:
         """Read no more, tell the client why, and let it go."""

@@ -254,6 +254,27 @@ async def test_an_upgrade_that_is_not_offered_is_ignored(app: App) -> None:
         assert [(await client.answer())[2] for _ in range(2)] == [b"hi", b"1"]
 
 
+async def test_upgrades_that_are_not_offered_are_ignored_in_a_row(app: App) -> None:
+    """Requests that are sent ahead may each ask for it, with and without a body; all are answered."""
+    upgrade = b"\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n\r\n"
+    async with running(app.asgi) as server:
+        client = await server.connect()
+        requests = [(GET % 1, b""), (GET % 2, b""), (POST % 2, b"hi"), (GET % 3, b"")]
+        await client.send(b"".join(head.replace(b"\r\n\r\n", upgrade) + body for head, body in requests))
+        assert [(await client.answer())[2] for _ in requests] == [b"1", b"2", b"hi", b"3"]
+
+
+async def test_other_versions_are_not_spoken(app: App) -> None:
+    """HTTP/2.0 in the first line is not answered as if it were 1.1; 1.0 is answered, and that is the end."""
+    async with running(app.asgi) as server:
+        newer, older = await server.connect(), await server.connect()
+        await newer.send((GET % 1).replace(b"1.1", b"2.0"))
+        assert (await newer.answer())[0] == 505
+        await older.send((GET % 1).replace(b"1.1", b"1.0"))
+        assert (await older.answer())[2] == b"1"
+        assert await newer.rest() == await older.rest() == b""
+
+
 async def test_it_is_no_proxy(app: App) -> None:
     """CONNECT is refused."""
     async with running(app.asgi) as server:
