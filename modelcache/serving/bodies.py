@@ -5,6 +5,8 @@ from __future__ import annotations
 import zlib
 from typing import TYPE_CHECKING
 
+import anyio.to_thread
+
 from modelcache.serving.errors import PayloadTooLargeError, RequestError, UnsupportedMediaTypeError
 
 if TYPE_CHECKING:
@@ -12,6 +14,8 @@ if TYPE_CHECKING:
 
 _GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
 _CODINGS = frozenset({"gzip", "x-gzip", "deflate"})
+_PIECE = 4 << 10
+"""Bytes that are expanded at a time; those of the largest body that is expanded on the event loop."""
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -31,23 +35,34 @@ async def read_body(request: Request, limit: int) -> bytes:
         body += chunk
         if len(body) > limit:
             raise _too_large(limit)
-    return bytes(body) if coding == "identity" else _decompress(bytes(body), coding, limit)
+    if coding == "identity":
+        return bytes(body)
+    if len(body) <= _PIECE:
+        return _decompress(body, coding, limit)
+    return await anyio.to_thread.run_sync(_decompress, body, coding, limit, abandon_on_cancel=True)
 
 
-def _decompress(body: bytes, coding: str, limit: int) -> bytes:
-    """Expand ``body``, which may be several members in a row."""
+def _decompress(body: bytearray, coding: str, limit: int) -> bytes:
+    """Expand ``body``, which may be several members in a row.
+
+    It is fed piece by piece: at the end of each member zlib copies what is left of the piece.
+    """
     expanded = bytearray()
+    inflate = zlib.decompressobj(_GZIP_OR_ZLIB)
     try:
-        while body:
-            inflate = zlib.decompressobj(_GZIP_OR_ZLIB)
-            expanded += inflate.decompress(body, limit + 1 - len(expanded))
-            if len(expanded) > limit:
-                raise _too_large(limit)
-            if not inflate.eof:
-                raise RequestError(f"The body, said to be compressed by {coding}, ends in the middle.")
-            body = inflate.unused_data
+        for start in range(0, len(body), _PIECE):
+            rest = bytes(body[start : start + _PIECE])
+            while rest:
+                if inflate.eof:
+                    inflate = zlib.decompressobj(_GZIP_OR_ZLIB)
+                expanded += inflate.decompress(rest, limit + 1 - len(expanded))
+                if len(expanded) > limit:
+                    raise _too_large(limit)
+                rest = inflate.unused_data
     except zlib.error as error:
         raise RequestError(f"The body is said to be compressed by {coding}, and is not: {error}.") from error
+    if body and not inflate.eof:
+        raise RequestError(f"The body, said to be compressed by {coding}, ends in the middle.")
     return bytes(expanded)
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import random
 import zlib
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
 
 import pytest
 from starlette.requests import Request
@@ -49,6 +52,51 @@ async def test_a_body_is_read_whole() -> None:
 async def test_a_compressed_body_is_expanded(coding: str, body: bytes) -> None:
     """Both codings that clients use, in one member or several."""
     assert await read_body(request_of(body, content_encoding=coding), len(TEXT)) == TEXT
+
+
+class Zlib:
+    """Notes in which threads, and how many bytes, zlib is fed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fed = 0
+        self.threads: set[int] = set()
+        self._real = zlib.decompressobj
+        monkeypatch.setattr(zlib, "decompressobj", self._make)
+
+    def _make(self, *arguments: Any) -> Mock:
+        inflate = self._real(*arguments)
+        noting = Mock(wraps=inflate, eof=False)
+
+        def decompress(data: bytes, most: int) -> bytes:
+            self.fed += len(data)
+            self.threads.add(get_ident())
+            expanded = inflate.decompress(data, most)
+            noting.eof, noting.unused_data = inflate.eof, inflate.unused_data
+            return expanded
+
+        noting.decompress = decompress
+        return noting
+
+
+async def test_members_cost_the_same_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice as many members are twice the work: what is behind a member is not copied to its end for each of them."""
+    work = []
+    for count in (2_048, 4_096):
+        spy = Zlib(monkeypatch)
+        assert await read_body(request_of(zlib.compress(b"") * count, content_encoding="deflate"), 1 << 16) == b""
+        monkeypatch.undo()
+        work.append(spy.fed)
+    assert work[1] == 2 * work[0]
+
+
+async def test_a_large_body_is_not_expanded_on_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others are served meanwhile; a small one is not worth a thread."""
+    spy, text = Zlib(monkeypatch), random.Random(1).randbytes(8 << 10)
+    for size, here in ((1 << 10, True), (8 << 10, False)):
+        spy.threads.clear()
+        request = request_of(zlib.compress(text[:size]), content_encoding="deflate")
+        assert await read_body(request, 1 << 16) == text[:size]
+        assert (spy.threads == {get_ident()}) is here
 
 
 @pytest.mark.parametrize("compressed", [False, True])
