@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _PARTING = 2.0
 """Seconds in which a client that is refused in the middle of its request may read why, before the connection goes."""
+_UNREAD_AT_THE_END = 10.0
+"""Seconds for which a client may read nothing of its answer when the server ends."""
 _VERSIONS = frozenset({"1.0", "1.1"})
 _PIPELINED = 100
 """Requests that one client may have sent ahead, and be answered, when the server ends."""
@@ -88,6 +90,10 @@ class Connection(HttpToolsProtocol):
         """The method of a request that asks for another protocol than HTTP/1.1, until it is read anew."""
         self._over = False
         """Nothing more is read."""
+        self._unread = 0
+        """Bytes of answers that wait for the client to read, when last looked at."""
+        self._read_at = self._since
+        """When there were none, or another number of them."""
         self._last: RequestResponseCycle | None = None
         """The request whose answer says that no more are taken."""
 
@@ -188,17 +194,31 @@ class Connection(HttpToolsProtocol):
     def check(self, now: float) -> None:
         """End the connection if the client takes too long."""
         waited = now - self._since
-        if self._over:
-            if waited > _PARTING:
-                self.transport.abort()
-        elif self._partial:
+        if self._unread_for(now) > (_UNREAD_AT_THE_END if self._drain.begun else self._limits.idle_seconds):
+            self.transport.abort()  # closed politely, it would wait for the client
+        elif self._partial and not self._over:
             if self.flow.read_paused:
                 self._since = now  # it is us who do not read
             elif waited > self._limits.request_seconds:
                 seconds = self._limits.request_seconds
                 self._refuse(408, f"The request was not all here within {seconds:g} s: send it faster, or in parts.")
+        elif self._unread:
+            self._since = max(now, self._since)  # it reads, however slowly
+        elif self._over:
+            if waited > _PARTING:
+                self.transport.abort()
         elif self._idle and waited > self._limits.idle_seconds:
-            self.transport.abort()  # closed politely, it would wait for a client who does not read its answer
+            self.transport.close()
+
+    def _unread_for(self, now: float) -> float:
+        """Return for how many seconds the client has read nothing of what waits for it."""
+        unread = self.transport.get_write_buffer_size()
+        if unread != self._unread or not unread:
+            self._unread, self._read_at = unread, now
+        return now - self._read_at
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Leave it to ``check``, which sees whether the client is still reading."""
 
     def _refuse_nonsense(self, error: httptools.HttpParserError) -> None:
         if isinstance(error.__context__, _RefusedError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, cast
 from unittest.mock import AsyncMock
@@ -31,10 +32,22 @@ class Client:
 
     async def answer(self) -> tuple[int, dict[str, str], bytes]:
         """Return status, headers and body."""
+        status, headers = await self.head()
+        return status, headers, await self.part(int(headers["content-length"]))
+
+    async def head(self) -> tuple[int, dict[str, str]]:
+        """Return status and headers."""
         head = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1")
         status, *lines = head.strip().split("\r\n")
-        headers = dict(line.lower().split(": ", 1) for line in lines)
-        return int(status.split()[1]), headers, await self._reader.readexactly(int(headers["content-length"]))
+        return int(status.split()[1]), dict(line.lower().split(": ", 1) for line in lines)
+
+    async def part(self, size: int) -> bytes:
+        """Return so many bytes of a body."""
+        return await self._reader.readexactly(size)
+
+    def buffer(self, size: int) -> None:
+        """Have the kernel keep no more than about ``size`` bytes until they are read."""
+        self._writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
 
     async def rest(self) -> bytes:
         """Return what comes until the server closes the connection."""

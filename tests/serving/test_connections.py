@@ -24,10 +24,14 @@ if TYPE_CHECKING:
 
     from starlette.requests import Request
 
+    from modelcache.serving.connections import Connection
+    from serving.own_server import Client, OwnServer
+
 GET = b"GET /%d HTTP/1.1\r\nHost: x\r\n\r\n"
 HELD = b"GET /held HTTP/1.1\r\nHost: x\r\n\r\n"
 POST = b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
 PROMPT = 1e-3
+LARGE = 4 << 20
 
 
 class App:
@@ -36,7 +40,12 @@ class App:
     def __init__(self) -> None:
         self.gate = asyncio.Event()
         self.held = asyncio.Event()
-        routes = [("/echo", self._echo), ("/held", self._hold), ("/{number:int}", self._number)]
+        routes = [
+            ("/echo", self._echo),
+            ("/held", self._hold),
+            ("/large", self._large),
+            ("/{number:int}", self._number),
+        ]
         self.asgi = Guard(Starlette(routes=[Route(path, does, methods=["GET", "POST"]) for path, does in routes]))
 
     async def _echo(self, request: Request) -> Response:
@@ -47,6 +56,9 @@ class App:
         self.held.set()
         await self.gate.wait()
         return PlainTextResponse("held")
+
+    async def _large(self, request: Request) -> Response:
+        return Response(bytes(LARGE))
 
     async def _number(self, request: Request) -> Response:
         return PlainTextResponse(str(request.path_params["number"]))
@@ -209,6 +221,59 @@ async def test_a_client_is_not_to_blame_for_our_own_slowness(app: App) -> None:
         await client.send(b"34")
         assert (await client.answer())[2] == b"held"
         assert (await client.answer())[2] == b"1234"
+
+
+async def ask_for_much(server: OwnServer, ahead: bytes = b"") -> tuple[Client, Connection]:
+    """Return a client whose answer waits for it, a quarter being more than all buffers on its way, and its server."""
+    client = await server.connect()
+    [connection] = await server.connections(1)
+    client.buffer(1 << 16)
+    connection.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+    await client.send(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n" + ahead)
+    while not connection.transport.get_write_buffer_size():
+        await asyncio.sleep(0)
+    return client, connection
+
+
+async def test_a_client_may_take_its_time_to_read(app: App) -> None:
+    """As long as it reads at all it is waited for; and its next request may come long after the answer was ready."""
+    async with running(app.asgi, Limits(idle_seconds=75)) as server:
+        client, connection = await ask_for_much(server)
+        status, fields = await client.head()
+        assert (status, fields["content-length"]) == (200, str(LARGE))
+        for seconds in (70, 140, 210, 280):
+            server.later(seconds - 70)
+            assert len(await client.part(LARGE // 4)) == LARGE // 4
+            server.later(seconds)
+        assert connection.transport.get_write_buffer_size() == 0
+        await client.send(GET % 1)
+        assert (await client.answer())[2] == b"1"
+
+
+@pytest.mark.parametrize("ahead", [b"", GET % 1, GET % 1 + b"GET"], ids=["no other", "another", "half another"])
+async def test_a_client_that_does_not_read_is_let_go(app: App, ahead: bytes) -> None:
+    """Who reads nothing of its answer is ended, whatever else it has asked for."""
+    async with running(app.asgi, Limits(idle_seconds=75, request_seconds=100)) as server:
+        _, connection = await ask_for_much(server, ahead)
+        server.later(0)
+        server.later(74)
+        assert not connection.transport.is_closing()
+        server.later(76)
+        await server.connections(0)
+
+
+async def test_a_client_that_does_not_read_does_not_hold_up_the_end(app: App) -> None:
+    """When the server ends, its patience is shorter."""
+    async with running(app.asgi, Limits(idle_seconds=75)) as server:
+        _, connection = await ask_for_much(server, GET % 1)
+        server.later(0)
+        server.later(11)
+        assert not connection.transport.is_closing()
+        ending = server.end()
+        server.later(0)
+        server.later(11)
+        await ending
+        server.registry.close.assert_not_called()
 
 
 # Nonsense, and much at once
