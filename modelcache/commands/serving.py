@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from modelcache import ModelCacheError, ModelRegistry, StoreError
 from modelcache.commands.terminal import show_size
-from modelcache.serving.connections import Limits
+from modelcache.serving.config import Limits
 from modelcache.serving.listening import allow_many_connections, bind, is_loopback, url_of
 from modelcache.serving.server import Options, serve
 from modelcache.serving.tokens import read_tokens

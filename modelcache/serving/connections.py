@@ -7,18 +7,21 @@ end, it closes connections that wait for their next request without looking whet
 from __future__ import annotations
 
 import asyncio
-import json
-from dataclasses import dataclass, field
-from http import HTTPStatus
+import socket
+from functools import partial
 from math import inf
 from typing import TYPE_CHECKING, Any
 
 import httptools
-from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from modelcache.serving.refusals import RefusedError
+
 if TYPE_CHECKING:
+    from uvicorn._types import ASGI3Application
     from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+
+    from modelcache.serving.config import ServerConfig
 
 _PARTING = 2.0
 """Seconds in which a client that is refused in the middle of its request may read why, before the connection goes."""
@@ -27,46 +30,6 @@ _UNREAD_AT_THE_END = 10.0
 _VERSIONS = frozenset({"1.0", "1.1"})
 _PIPELINED = 100
 """Requests that one client may have sent ahead, and be answered, when the server ends."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one client may take."""
-
-    headers: int = 100
-    header_bytes: int = 32 << 10
-    """All headers of a request, with its first line."""
-    request_seconds: float = 30.0
-    """From the first byte of a request to its last."""
-    idle_seconds: float = 75.0
-    """From one request to the next; more than the 60 s after which load balancers close their side."""
-
-
-@dataclass
-class Drain:
-    """How far the end of the server has come."""
-
-    begun: bool = False
-    gone: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when the last connection has gone, and when nobody wants to wait for that any longer."""
-
-
-class ServerConfig(Config):
-    """uvicorn's configuration, with what its connections need of ours."""
-
-    def __init__(self, app: Any, limits: Limits, **options: Any) -> None:
-        super().__init__(app, http=Connection, **options)
-        self.limits = limits
-        self.drain = Drain()
-
-
-class _RefusedError(Exception):
-    """Stops the parser at a request that is understood, and not taken."""
-
-    def __init__(self, status: int, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
-        self.reason = reason
 
 
 class Connection(HttpToolsProtocol):
@@ -94,6 +57,12 @@ class Connection(HttpToolsProtocol):
         """Bytes of answers that wait for the client to read, when last looked at."""
         self._read_at = self._since
         """When there were none, or another number of them."""
+        self._answered: RequestResponseCycle = None  # type: ignore[assignment]
+        """The request that is being answered, or was last; ``cycle`` is the last that has come."""
+        self._answering: asyncio.Task[None] | None = None
+        """What answers it, once that has begun."""
+        self._ended = False
+        """The client has ended its side: it has gone, or waits for its answers alone."""
         self._last: RequestResponseCycle | None = None
         """The request whose answer says that no more are taken."""
 
@@ -104,14 +73,13 @@ class Connection(HttpToolsProtocol):
         if self._over:
             return
         self._size += len(data)
-        self._unset_keepalive_if_required()
         try:
             self._parse(data)
         except httptools.HttpParserError as error:
             self._refuse_nonsense(error)
         else:
             if self._partial and self._size > self._limits.header_bytes:
-                self._refuse(431, self._header_limits())
+                self._refuse(self._too_many_headers())
 
     def _parse(self, data: bytes) -> None:
         rest = memoryview(data)
@@ -146,17 +114,17 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """All headers of a request are here; it is begun, unless there are too many of them."""
-        self._heading = False
         if len(self.headers) > self._limits.headers or (
             self._size > self._limits.header_bytes and self._header_bytes() > self._limits.header_bytes
         ):
-            raise _RefusedError(431, self._header_limits())
+            raise self._too_many_headers()
         if self.parser.get_http_version() not in _VERSIONS:
-            raise _RefusedError(505, "Only HTTP/1.1 and HTTP/1.0 are spoken here.")
+            raise RefusedError(505, "Only HTTP/1.1 and HTTP/1.0 are spoken here.")
         self._size = 0
         self._upgrading = self.parser.get_method() if self.parser.should_upgrade() else b""
         if self._upgrading == b"CONNECT":
-            raise _RefusedError(400, "This is no proxy.")
+            raise RefusedError(400, "This is no proxy.")
+        self._heading = False
         if self._upgrading:
             return
         before = self.cycle
@@ -176,6 +144,27 @@ class Connection(HttpToolsProtocol):
         super().on_message_complete()
         self._partial = False
         self._size = 0
+        if not self.pipeline:
+            self.flow.resume_reading()  # the end of the client would not be seen
+
+    # What it is answered
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._answered, self._answering = cycle, None
+        super()._start_asgi_task(cycle, partial(self._answer, cycle, app))
+
+    async def _answer(
+        self, cycle: RequestResponseCycle, app: ASGI3Application, scope: Any, receive: Any, send: Any
+    ) -> None:
+        """Let the app answer a request as long as its client is there."""
+        if cycle.disconnected:
+            return
+        self._answering = asyncio.current_task()
+        try:
+            await app(scope, receive, send)
+        except asyncio.CancelledError:
+            if not cycle.disconnected:
+                raise
 
     def on_response_complete(self) -> None:
         """An answer is on its way; the client may take its time for the next request."""
@@ -183,9 +172,27 @@ class Connection(HttpToolsProtocol):
         if not self._partial:
             self._since = self.loop.time()
 
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Go on if there is something to answer: some clients end their side, and read on.
+
+        Those that have gone end theirs, too, but then reset the connection when they are sent something.
+        """
+        if self._idle or self._partial:
+            return False
+        self._ended = True
+        self.cycle.keep_alive = False
+        if not (self._answered.response_started or self._answered.scope["http_version"] == "1.0"):
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return True
+
     def connection_lost(self, exc: Exception | None) -> None:
-        """The connection has ended; perhaps it was the last."""
+        """The connection has ended, perhaps the last one; nobody waits for an answer any longer."""
         super().connection_lost(exc)
+        cycle = self._answered
+        if cycle is not None and not cycle.response_complete:
+            cycle.disconnected = True
+            if self._answering is not None:
+                self._answering.cancel()
         if self._drain.begun and not self.connections:
             self._drain.gone.set()
 
@@ -194,14 +201,15 @@ class Connection(HttpToolsProtocol):
     def check(self, now: float) -> None:
         """End the connection if the client takes too long."""
         waited = now - self._since
-        if self._unread_for(now) > (_UNREAD_AT_THE_END if self._drain.begun else self._limits.idle_seconds):
+        if self._ended and self.transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self.transport.abort()  # nobody was there
+        elif self._unread_for(now) > (_UNREAD_AT_THE_END if self._drain.begun else self._limits.idle_seconds):
             self.transport.abort()  # closed politely, it would wait for the client
         elif self._partial and not self._over:
             if self.flow.read_paused:
                 self._since = now  # it is us who do not read
             elif waited > self._limits.request_seconds:
-                seconds = self._limits.request_seconds
-                self._refuse(408, f"The request was not all here within {seconds:g} s: send it faster, or in parts.")
+                self._refuse(self._too_slow())
         elif self._unread:
             self._since = max(now, self._since)  # it reads, however slowly
         elif self._over:
@@ -221,33 +229,39 @@ class Connection(HttpToolsProtocol):
         """Leave it to ``check``, which sees whether the client is still reading."""
 
     def _refuse_nonsense(self, error: httptools.HttpParserError) -> None:
-        if isinstance(error.__context__, _RefusedError):
-            self._refuse(error.__context__.status, error.__context__.reason)
+        if isinstance(error.__context__, RefusedError):
+            self._refuse(error.__context__)
         else:
-            self._refuse(400, "This is no request of HTTP/1.1.")
+            self._refuse(RefusedError(400, "This is no request of HTTP/1.1."))
+
+    def _too_slow(self) -> RefusedError:
+        seconds = self._limits.request_seconds
+        return RefusedError(408, f"The request was not all here within {seconds:g} s: send it faster, or in parts.")
 
     def _header_bytes(self) -> int:
         return len(self.url) + sum(len(name) + len(value) + len(": \r\n") for name, value in self.headers)
 
-    def _header_limits(self) -> str:
+    def _too_many_headers(self) -> RefusedError:
         most, size = self._limits.headers, self._limits.header_bytes
-        return f"A request may have {most} headers of {size:,} bytes in all, with its first line."
+        return RefusedError(431, f"A request may have {most} headers of {size:,} bytes in all, with its first line.")
 
-    def _refuse(self, status: int, reason: str) -> None:
+    def _refuse(self, error: RefusedError) -> None:
         """Read no more, tell the client why, and let it go."""
         if self._over:
             return
         self._over = True
-        self._unset_keepalive_if_required()
+        if self.pipeline and self.cycle.more_body:
+            self.pipeline.popleft()  # it has not begun
+            self.cycle = self.pipeline[0][0] if self.pipeline else self._answered
         cycle = self.cycle
         if not (self._idle or cycle.more_body):
             cycle.keep_alive = False  # what came before is answered yet, and that ends the connection
             self._since = inf
             return
         self._since = self.loop.time()
-        if self._idle or not (cycle.response_started or self.pipeline):
-            self.transport.write(_error(status, reason))
-        if cycle is not None:
+        if self._heading or not self._partial or not cycle.response_started:
+            self.transport.write(error.answer())
+        if not self._idle:
             cycle.disconnected = True
             cycle.message_event.set()
         # Closed at once, with bytes unread, the connection would be reset, and the answer lost on its way.
@@ -282,12 +296,3 @@ class Connection(HttpToolsProtocol):
             self._last = self.cycle
         if len(self.pipeline) < _PIPELINED:
             self.flow.resume_reading()
-
-
-def _error(status: int, reason: str) -> bytes:
-    body = json.dumps({"error": reason, "message": reason}).encode()
-    head = (
-        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
-        f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
-    )
-    return head.encode() + body

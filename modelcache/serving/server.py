@@ -16,7 +16,8 @@ from starlette.responses import JSONResponse
 from modelcache.serving import access
 from modelcache.serving.access import GuardedRegistry
 from modelcache.serving.access_log import AccessLog
-from modelcache.serving.connections import Limits, ServerConfig
+from modelcache.serving.config import Limits, ServerConfig
+from modelcache.serving.connections import Connection
 from modelcache.serving.guard import Guard, answer_error
 from modelcache.serving.listening import accept_the_last
 from modelcache.serving.open_inference_app import open_inference
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
     from modelcache import ModelRegistry
-    from modelcache.serving.connections import Connection
     from modelcache.serving.tokens import Tokens
 
 logger = logging.getLogger("modelcache.serving")
@@ -181,13 +181,13 @@ def configure(app: ASGIApp, limits: Limits) -> ServerConfig:
     return ServerConfig(
         app,
         limits,
+        http=Connection,
         lifespan="off",
         ws="none",
         log_config=None,
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        timeout_keep_alive=round(limits.idle_seconds),
     )
 
 

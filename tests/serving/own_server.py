@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import struct
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, cast
 from unittest.mock import AsyncMock
 
-from modelcache.serving.connections import Limits
+from modelcache.serving.config import Limits
 from modelcache.serving.listening import bind
 from modelcache.serving.server import Options, Server, configure
 
@@ -31,8 +32,10 @@ class Client:
         await self._writer.drain()
 
     async def answer(self) -> tuple[int, dict[str, str], bytes]:
-        """Return status, headers and body."""
+        """Return status, headers and body, as clients do who have been told to go on."""
         status, headers = await self.head()
+        while status == 100:
+            status, headers = await self.head()
         return status, headers, await self.part(int(headers["content-length"]))
 
     async def head(self) -> tuple[int, dict[str, str]]:
@@ -53,7 +56,15 @@ class Client:
         """Return what comes until the server closes the connection."""
         return await self._reader.read()
 
-    async def close(self) -> None:
+    async def end(self) -> None:
+        """Send no more, and read on."""
+        self._writer.write_eof()
+
+    async def close(self, *, reset: bool = False) -> None:
+        """Go, as a client that has read all, or as one that is killed with something unread."""
+        if reset:
+            at_once = struct.pack("ii", 1, 0)
+            self._writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
         self._writer.close()
 
 

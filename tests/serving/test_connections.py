@@ -14,7 +14,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from modelcache.serving.access import Grant
-from modelcache.serving.connections import Limits
+from modelcache.serving.config import Limits
 from modelcache.serving.guard import Guard
 from modelcache.serving.tokens import Tokens
 from serving.own_server import running
@@ -40,6 +40,7 @@ class App:
     def __init__(self) -> None:
         self.gate = asyncio.Event()
         self.held = asyncio.Event()
+        self.cancelled = asyncio.Event()
         routes = [
             ("/echo", self._echo),
             ("/held", self._hold),
@@ -53,8 +54,14 @@ class App:
         return PlainTextResponse(await request.body())
 
     async def _hold(self, request: Request) -> Response:
+        if "content-length" in request.headers:
+            await request.body()
         self.held.set()
-        await self.gate.wait()
+        try:
+            await self.gate.wait()
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
         return PlainTextResponse("held")
 
     async def _large(self, request: Request) -> Response:
@@ -298,6 +305,27 @@ async def test_nonsense_behind_a_request_does_not_harm_it(app: App) -> None:
         assert await client.rest() == b""
 
 
+async def test_half_a_request_that_turns_to_nonsense_behind_another(app: App) -> None:
+    """What came before is answered as ever, and that is the end."""
+    async with running(app.asgi) as server:
+        client = await server.connect()
+        await client.send(HELD + GET % 1 + CHUNKED + b"zz\r\n")
+        await app.held.wait()
+        app.gate.set()
+        assert [(await client.answer())[2] for _ in range(2)] == [b"held", b"1"]
+        assert await client.rest() == b""
+
+
+async def test_what_is_answered_already_is_not_answered_twice(app: App) -> None:
+    """A body that turns to nonsense behind its answer ends the connection without a word."""
+    async with running(Guard(app.asgi, tokens=Tokens({"admin": Grant()}))) as server:
+        client = await server.connect()
+        await client.send(CHUNKED)
+        assert (await client.answer())[0] == 401
+        await client.send(b"zz\r\n")
+        assert await client.rest() == b""
+
+
 @pytest.mark.parametrize("chunk", [b"zz\r\n", b"5\r\n1234567"])
 async def test_a_body_that_turns_to_nonsense(app: App, chunk: bytes) -> None:
     """A body that cannot be read on is refused, and whoever read it is told that there is no more."""
@@ -346,6 +374,64 @@ async def test_it_is_no_proxy(app: App) -> None:
         client = await server.connect()
         await client.send(b"CONNECT example.com:80 HTTP/1.1\r\nHost: example.com\r\n\r\n")
         assert (await client.answer())[0] == 400
+
+
+# Clients that go
+
+
+@pytest.mark.parametrize("how", ["closes", "resets"])
+@pytest.mark.parametrize("size", [0, 100 << 10])
+async def test_a_client_that_goes_cancels_its_request(app: App, size: int, how: str) -> None:
+    """P3: nobody works for a client that has gone, and nothing is logged as an error."""
+    async with running(app.asgi) as server:
+        client = await server.connect()
+        await client.send((POST % size).replace(b"/echo", b"/held") + b"x" * size)
+        await app.held.wait()
+        await client.close(reset=how == "resets")
+        while not app.cancelled.is_set():
+            server.later(0)
+            await asyncio.sleep(0)
+        await server.connections(0)
+
+
+async def test_a_request_is_not_begun_for_a_client_that_has_gone(app: App) -> None:
+    """Its task may come to run when the connection is lost already."""
+    async with running(app.asgi) as server:
+        client = await server.connect()
+        [connection] = await server.connections(1)
+        connection.data_received(HELD)
+        connection.connection_lost(None)
+        assert await client.rest() == b""
+        assert not app.held.is_set()
+
+
+@pytest.mark.parametrize("version", [b"1.1", b"1.0"])
+async def test_a_client_may_end_its_side_and_read_on(app: App, version: bytes) -> None:
+    """What it has sent is answered; meanwhile it is told to go on, in HTTP/1.1, which tells whether it is there."""
+    async with running(app.asgi) as server:
+        client = await server.connect()
+        await client.send(HELD.replace(b"1.1", version))
+        await app.held.wait()
+        await client.end()
+        [connection] = await server.connections(1)
+        while not connection._ended:
+            await asyncio.sleep(0)
+        server.later(1)
+        app.gate.set()
+        assert version == b"1.0" or (await client.head())[0] == 100
+        status, fields, body = await client.answer()
+        assert (status, fields["connection"], body) == (200, "close", b"held")
+        assert await client.rest() == b""
+
+
+async def test_requests_sent_ahead_of_its_end_are_answered(app: App) -> None:
+    """All of them; the one that is not whole is none."""
+    async with running(app.asgi) as server:
+        client = await server.connect()
+        await client.send(b"".join(GET % number for number in range(9)))
+        await client.end()
+        assert [(await client.answer())[2] for _ in range(9)] == [b"%d" % number for number in range(9)]
+        assert await client.rest() == b""
 
 
 # The end
