@@ -22,6 +22,7 @@ from modelcache.serving.access_log import AccessLog
 from modelcache.serving.guard import Guard, request_id
 from modelcache.serving.server import Options, make_app
 from modelcache.serving.tokens import Tokens
+from modelcache.telemetry import prometheus  # noqa: F401 - make_app would import it on the event loop
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
