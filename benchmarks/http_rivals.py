@@ -158,6 +158,25 @@ class Echo(Served):
         return answer == rows
 
 
+class GuardedEcho(Echo):
+    """The echo, behind the connections and the guard of the command."""
+
+    label = "echo, guarded"
+    command = (str(HERE / "http_servers.py"), "guarded_echo")
+
+
+class Constant(Echo):
+    """The command's app for SageMaker's clients, with an answer at hand."""
+
+    label = "SageMaker's protocol, a constant"
+    command = (str(HERE / "http_servers.py"), "constant")
+
+    def is_correct(self, answer: bytes, rows: bytes, expected: Matrix) -> bool:
+        """It predicts nothing."""
+        del rows, expected
+        return answer == b"1.5"
+
+
 class Inside(ModelCache):
     """The registry's own share: the same question in the process, without a server."""
 
@@ -168,6 +187,8 @@ RIVALS: dict[str, type[Rival]] = {
     "modelcache-serve": Serve,
     "by-hand": ByHand,
     "http-echo": Echo,
+    "guarded-echo": GuardedEcho,
+    "constant": Constant,
     "modelcache-inside": Inside,
 }
 """By the key they have in commands and results."""

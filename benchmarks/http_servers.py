@@ -1,4 +1,7 @@
-"""Apps that ``modelcache serve`` is compared with, under the same server: ``http_servers.py NAME FOLDER --port 0``."""
+"""Apps that ``modelcache serve`` is compared with, under the same server: ``http_servers.py NAME FOLDER --port 0``.
+
+Two of them are steps on the way from the echo to the command: what stands before its apps, and one of the apps.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,27 @@ import asyncio
 import socket
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import uvicorn
+import uvloop
 from starlette.applications import Starlette
 from starlette.responses import Response
 from starlette.routing import Route
 
+from modelcache.serving import sagemaker
+from modelcache.serving.config import Limits
+from modelcache.serving.guard import Guard
+from modelcache.serving.server import configure
 from rivals import load_booster
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from starlette.requests import Request
+
+    from modelcache import ModelRegistry
 
 _BOOSTERS: dict[str, Any] = {}
 _FOLDER = Path(sys.argv[2])
@@ -39,17 +51,44 @@ async def by_hand(request: Request) -> Response:
     return Response("\n".join(map(str, values)), media_type="text/csv")
 
 
-def main(handler: str) -> None:
+class Constant:
+    """A registry that has the answer at once."""
+
+    _ANSWER = np.array([1.5], np.float32)
+
+    async def predict(self, name: str, rows: Any, *, timeout: float | None) -> Any:
+        """Answer."""
+        del name, rows, timeout
+        return self._ANSWER
+
+
+def _plain(app: Any) -> uvicorn.Config:
+    """Return what uvicorn needs to know; idle connections stay open, since others have their turn meanwhile."""
+    return uvicorn.Config(
+        app, http="httptools", lifespan="off", ws="none", log_config=None, access_log=False, timeout_keep_alive=75
+    )
+
+
+def _one_route(handler: Any) -> Starlette:
+    return Starlette(routes=[Route("/endpoints/{endpoint}/invocations", handler, methods=["POST"])])
+
+
+CONFIGS: dict[str, Callable[[], uvicorn.Config]] = {
+    "echo": lambda: _plain(_one_route(echo)),
+    "by_hand": lambda: _plain(_one_route(by_hand)),
+    "guarded_echo": lambda: configure(Guard(_one_route(echo)), Limits()),
+    "constant": lambda: configure(Guard(sagemaker(cast("ModelRegistry", Constant()))), Limits()),
+}
+
+
+async def main(name: str) -> None:
     """Listen, say where, and serve until SIGTERM."""
-    app = Starlette(routes=[Route("/endpoints/{endpoint}/invocations", globals()[handler], methods=["POST"])])
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:  # asyncio asks: is it TCP?
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(128)
         print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
-        config = uvicorn.Config(
-            app, http="httptools", lifespan="off", ws="none", log_config=None, access_log=False,
-            timeout_keep_alive=75,  # others have their turn meanwhile
-        )  # fmt: skip
-        uvicorn.Server(config).run(sockets=[listener])
+        await uvicorn.Server(CONFIGS[name]()).serve(sockets=[listener])
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    uvloop.run(main(sys.argv[1]))

@@ -5,8 +5,10 @@
 
 Every rival's server is a process of its own, and so is the client that asks it, over connections that stay open; they
 take turns. The echo is a route of starlette under uvicorn that sends back what it was sent: nothing that parses HTTP in
-Python can take less. ``registry.predict`` is asked the same in the process, to tell the registry's own share. Each
-answer is compared with XGBoost's own, bit for bit, after the clock has stopped.
+Python can take less. Two steps on the way from there to the command are asked as well: the echo behind the command's
+limits and guard, and its app for SageMaker's clients with an answer at hand. ``registry.predict`` is asked the same in
+the process, to tell the registry's own share. Each answer is compared with XGBoost's own, bit for bit, after the clock
+has stopped.
 
 It is not called http.py, since Python would then find it in the place of its own module of that name.
 """
@@ -140,7 +142,8 @@ def _page(results: dict[str, Any], tables: list[report.Table]) -> str:
 * {settings["models"]} models of {settings["trees"]} trees, depth {settings["depth"]}, six features, `nthread=1`. Closed
   loop: a client asks again when it has its answer, over a connection that stays open.
 * `modelcache serve` is the command with all options at their defaults: limits, request ids and figures included. The
-  others are apps of one route, run by uvicorn as it comes, with httptools and without a log of requests.
+  others are apps of one route, run by uvicorn as it comes, with httptools and without a log of requests; but for
+  `{RIVALS["guarded-echo"].label}` and `{RIVALS["constant"].label}`, which have what stands before the command's apps.
 * CPU is that of client, server and workers together, per call.
 * Correct: every answer is compared with `Booster.predict(DMatrix(rows))`, bit for bit; the echo's with what it was
   sent."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 OURS, FLOOR, OTHERS = "#0b6e4f", "#b8b8b8", "#5b7db1"
 """modelcache, what nobody can beat, what one would write by hand."""
 
-_FLOORS = ("direct", "echo", "http-echo", "get-object", "get-object-only", "read")
+_FLOORS = ("direct", "echo", "http-echo", "guarded-echo", "constant", "get-object", "get-object-only", "read")
 
 _LATENCY_PANELS = (
     ("one-1", "p50", "One row, 1 client: p50 in µs", "shorter is better"),
