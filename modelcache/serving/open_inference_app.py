@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import aclosing
 from math import ceil
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -35,12 +34,14 @@ from modelcache.names import split_suffix
 from modelcache.serving import open_inference_metadata as about
 from modelcache.serving.access_log import note_model
 from modelcache.serving.bodies import read_body
+from modelcache.serving.bounds import FEW_ROWS, MOST_ROWS, check_answer, check_rows
 from modelcache.serving.errors import RequestError
+from modelcache.serving.offering import lists
 from modelcache.serving.open_inference_messages import OUTPUTS, decode_request, encode_response, parse_object
 from modelcache.serving.open_inference_responses import ERROR_HANDLERS, HEADER_LENGTH, infer_response, json_response
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     import numpy as np
     from numpy.typing import NDArray
@@ -48,25 +49,27 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
     from modelcache import ModelInfo, ModelRegistry
-    from modelcache.serving.open_inference_messages import InferRequest
+    from modelcache.serving.open_inference_messages import InferRequest, WantedOutput
 
     Handler = Callable[[Request, str, str | None], Awaitable[Response]]
 
 logger = logging.getLogger("modelcache.serving")
 
 _EXTENSIONS = ("binary_tensor_data", "model_configuration", "statistics", "parameters")
-_LARGE = 1 << 20
-"""Bytes: what takes longer to read is read in a thread, which lets the event loop in between."""
+_LARGE = 1 << 16
+"""Bytes of a body, or of predictions, from which on a thread converts them: of JSON that takes a millisecond."""
 _VERBS = ("infer", "ready", "config", "stats")
 
 
-def open_inference(registry: ModelRegistry, *, management: bool = True, max_body_bytes: int = 64 << 20) -> Starlette:
+def open_inference(
+    registry: ModelRegistry, *, management: bool = True, max_body_bytes: int = 64 << 20, max_rows: int = MOST_ROWS
+) -> Starlette:
     """Return an app that serves ``registry`` under ``/v2``; it neither starts nor closes it.
 
     ``management`` is for the routes that load and unload. ``max_body_bytes`` bounds a body, before and after it is
-    decompressed.
+    decompressed, and ``max_rows`` the rows in it.
     """
-    app = _App(registry, management=management, max_body_bytes=max_body_bytes)
+    app = _App(registry, management=management, max_body_bytes=max_body_bytes, max_rows=max_rows)
     routes = [
         Route("/v2/models/{target:path}", app.model, methods=["GET", "POST"]),  # first: routes are tried in order
         Route("/v2", app.server),
@@ -83,10 +86,11 @@ def open_inference(registry: ModelRegistry, *, management: bool = True, max_body
 
 
 class _App:
-    def __init__(self, registry: ModelRegistry, *, management: bool, max_body_bytes: int) -> None:
+    def __init__(self, registry: ModelRegistry, *, management: bool, max_body_bytes: int, max_rows: int) -> None:
         self._registry = registry
         self._management = management
         self._limit = max_body_bytes
+        self._max_rows = max_rows
         self._verbs: dict[str, tuple[str, Handler]] = {
             "infer": ("POST", self._infer),
             "ready": ("GET", self._ready),
@@ -124,7 +128,7 @@ class _App:
 
     async def _infer(self, request: Request, name: str, version: str | None) -> Response:
         call = await self._read_call(request)
-        if version is None and call.columns is None and len(call.outputs) == 1:
+        if version is None and call.columns is None and len(call.outputs) == 1 and call.row_count <= FEW_ROWS:
             output = OUTPUTS[call.outputs[0].name]
             done = await self._registry.invoke(name, call.rows, output=output, timeout=call.timeout)
             info, answers = done.model, [done.predictions]
@@ -133,15 +137,18 @@ class _App:
         head = {"model_name": name, "model_version": about.version_of(info)}
         if call.id is not None:
             head["id"] = call.id
-        text, length = encode_response(head, list(zip(call.outputs, answers, strict=True)))
+        text, length = await _encoded(head, list(zip(call.outputs, answers, strict=True)))
         return await infer_response(text, length, request.headers.get("accept-encoding"))
 
     async def _read_call(self, request: Request) -> InferRequest:
         body = await read_body(request, self._limit)
         length = request.headers.get(HEADER_LENGTH)
         if len(body) > _LARGE:
-            return await asyncio.to_thread(decode_request, body, length)
-        return decode_request(body, length)
+            call = await asyncio.to_thread(decode_request, body, length)
+        else:
+            call = decode_request(body, length)
+        check_rows(call.row_count, self._max_rows)
+        return call
 
     async def _infer_in_time(
         self, call: InferRequest, name: str, version: str | None
@@ -162,6 +169,7 @@ class _App:
         """Answer by one version of the model, whatever is loaded meanwhile."""
         async with self._registry.acquire(name) as lease:
             info = _check_version(lease.model, name, version)
+            check_answer(call.row_count, info, [OUTPUTS[wanted.name] for wanted in call.outputs])
             rows = call.rows if call.columns is None else _in_order(call.rows, call.columns, info)
             return info, [await lease.predict(rows, output=OUTPUTS[wanted.name]) for wanted in call.outputs]
 
@@ -198,16 +206,9 @@ class _App:
         return json_response({"name": name, "ready": True})
 
     async def _check_offered(self, name: str) -> None:
-        """Raise ModelNotFoundError if the store lists its models, and not ``name``."""
-        stem = split_suffix(name)[0]
-        try:
-            async with aclosing(cast("AsyncGenerator[str]", self._registry.names(stem))) as listing:
-                async for found in listing:
-                    if found in (name, stem):
-                        return
-        except StoreError:
-            return  # it may not list them, or may not be asked to: a call will tell
-        raise ModelNotFoundError(f"The store lists no model {name!r}.", model=name)
+        """Raise ModelNotFoundError if the store lists its models, and not ``name``; else a call will tell."""
+        if await lists(self._registry, name) is False:
+            raise ModelNotFoundError(f"The store lists no model {name!r}.", model=name)
 
     # The repository
 
@@ -247,6 +248,14 @@ class _App:
         parse_object(await read_body(request, self._limit))
         await self._registry.unload(request.path_params["name"])
         return json_response({})
+
+
+async def _encoded(
+    head: dict[str, str], outputs: list[tuple[WantedOutput, NDArray[np.float32]]]
+) -> tuple[bytes, int | None]:
+    if sum(values.nbytes for _, values in outputs) > _LARGE:
+        return await asyncio.to_thread(encode_response, head, outputs)
+    return encode_response(head, outputs)
 
 
 def split_target(target: str) -> tuple[str, str | None, str]:

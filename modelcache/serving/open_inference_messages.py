@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 
+from modelcache.serving.codecs.json_text import digits
 from modelcache.serving.errors import RequestError
 from modelcache.serving.tensors import name_of, parameters_of, read_inputs, refuse_repeated, side_by_side
 
@@ -53,6 +54,11 @@ class InferRequest:
     """One at least."""
     timeout: float | None
     """Seconds."""
+
+    @property
+    def row_count(self) -> int:
+        """How many rows there are."""
+        return len(self.rows) if self.rows.ndim > 1 else 1
 
 
 # From a request to rows
@@ -187,7 +193,7 @@ def encode_response(
             tensor["parameters"] = {"binary_data_size": values.nbytes}
             buffers.append(values.tobytes())
         else:
-            tensor["data"] = values.ravel()
+            tensor["data"] = orjson.Fragment(b"[%b]" % digits(values.ravel()))
         tensors.append(tensor)
-    text = orjson.dumps({**head, "outputs": tensors}, option=orjson.OPT_SERIALIZE_NUMPY)
+    text = orjson.dumps({**head, "outputs": tensors})
     return (b"".join((text, *buffers)), len(text)) if buffers else (text, None)

@@ -29,8 +29,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from modelcache.errors import ModelCacheError
+from modelcache.serving.bounds import MOST_ROWS
 from modelcache.serving.errors import PayloadTooLargeError
-from modelcache.serving.sagemaker_calls import Calls
+from modelcache.serving.sagemaker_calls import TIMEOUT, Calls
 from modelcache.serving.sagemaker_errors import container_error, container_refusal, runtime_error, runtime_refusal
 from modelcache.serving.sagemaker_models import Models
 
@@ -50,21 +51,54 @@ def sagemaker(
     *,
     management: bool = True,
     max_body_bytes: int = 6_291_456,
-    timeout: float | None = 60.0,
+    max_rows: int = MOST_ROWS,
+    timeout: float | None = TIMEOUT,
     store_url: str = "",
+    index_base: int = 0,
     verify: Verify | None = None,
 ) -> Starlette:
     """Return an app that answers for ``registry`` as SageMaker does; it neither starts nor closes the registry.
 
     ``management=False`` leaves out the routes that load and unload. ``max_body_bytes`` is SageMaker's limit, and holds
-    for what a compressed body expands to. A call may take ``timeout`` seconds, its model's load included, None for as
-    long as that takes: after that the runtime's client gets ModelNotReadyException if the model is still loading (the
-    load goes on), else ModelError. ``store_url`` is what the registry's store was opened with: urls that begin with it
-    are understood by POST /models. ``verify`` is awaited with each request but GET /ping before anything else is done,
-    to check its SigV4 signature or what you like; it refuses by ``starlette.exceptions.HTTPException``, and may read
-    ``request.body()``.
+    for what a compressed body expands to; ``max_rows`` bounds the rows in it. A call may take ``timeout`` seconds, its
+    model's load included, None for as long as that takes: after that the runtime's client gets ModelNotReadyException
+    if the model is still loading (the load goes on), else ModelError. ``store_url`` is what the registry's store was
+    opened with: urls that begin with it are understood by POST /models. ``index_base`` is the first index of libsvm, 0
+    or 1, in bodies whose content type does not say it. ``verify`` is awaited with each request but GET /ping before
+    anything else is done, to check its SigV4 signature or what you like; it refuses by
+    ``starlette.exceptions.HTTPException``, and may read ``request.body()``.
     """
-    calls = Calls(registry, Models(registry, store_url), max_body_bytes, timeout)
+    calls = Calls(
+        registry,
+        Models(registry, store_url),
+        max_body_bytes=max_body_bytes,
+        max_rows=max_rows,
+        timeout=timeout,
+        index_base=index_base,
+    )
+    return app_of(calls, management=management, verify=verify)
+
+
+def app_of(calls: Calls, *, management: bool, verify: Verify | None = None) -> Starlette:
+    """Return an app of these endpoints; several apps of the same know the same names."""
+    return Starlette(
+        routes=[
+            Route("/ping", _ping),
+            *(
+                Route(path, endpoint if verify is None else _verified(endpoint, verify, calls), methods=[method])
+                for method, path, endpoint in _routes(calls, management=management)
+            ),
+        ],
+        exception_handlers={
+            ModelCacheError: _failed,
+            HTTPException: _refused,
+            ClientDisconnect: _gone,
+            Exception: _failed,
+        },
+    )
+
+
+def _routes(calls: Calls, *, management: bool) -> list[tuple[str, str, Endpoint]]:
     routes: list[tuple[str, str, Endpoint]] = [
         ("POST", "/endpoints/{EndpointName}/invocations", calls.invoke_endpoint),
         ("POST", "/invocations", calls.invoke),
@@ -78,17 +112,7 @@ def sagemaker(
             ("POST", "/models", calls.load_model),
             ("DELETE", "/models/{model_name:path}", calls.unload_model),
         ]
-    if verify is not None:
-        routes = [(method, path, _verified(endpoint, verify, max_body_bytes)) for method, path, endpoint in routes]
-    return Starlette(
-        routes=[Route("/ping", _ping), *(Route(path, endpoint, methods=[method]) for method, path, endpoint in routes)],
-        exception_handlers={
-            ModelCacheError: _failed,
-            HTTPException: _refused,
-            ClientDisconnect: _gone,
-            Exception: _failed,
-        },
-    )
+    return routes
 
 
 async def _ping(request: Request) -> Response:  # noqa: ARG001 - as all endpoints are called
@@ -113,11 +137,11 @@ def _is_runtime(request: Request) -> bool:
     return "EndpointName" in request.path_params
 
 
-def _verified(endpoint: Endpoint, verify: Verify, limit: int) -> Endpoint:
+def _verified(endpoint: Endpoint, verify: Verify, calls: Calls) -> Endpoint:
     """Return ``endpoint`` for requests that ``verify`` lets pass; what that reads of the body is bounded, too."""
 
     async def verified(request: Request) -> Response:
-        request = Request(request.scope, _bounded(request.receive, limit))
+        request = Request(request.scope, _bounded(request.receive, calls.max_body_bytes))
         await verify(request)
         return await endpoint(request)
 

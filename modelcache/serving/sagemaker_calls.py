@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from time import monotonic
 from typing import TYPE_CHECKING, NamedTuple
 
 import orjson
@@ -13,6 +14,7 @@ from modelcache.errors import LoadTimeoutError, ModelCacheError
 from modelcache.serving import codecs
 from modelcache.serving.access_log import note_model
 from modelcache.serving.bodies import read_body
+from modelcache.serving.bounds import FEW_ROWS, check_answer, check_rows
 from modelcache.serving.errors import RequestError
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from starlette.requests import Request
 
+    from modelcache import ModelInfo
     from modelcache.registry import ModelRegistry
     from modelcache.serving.codecs import Encoder
     from modelcache.serving.sagemaker_models import Models
@@ -34,6 +37,8 @@ _ONLY_VARIANT = b"AllTraffic"
 _LARGE = 1 << 15
 """Bytes of a body, or of predictions, from which on a thread converts them: of CSV that takes a millisecond."""
 _MIB = 1 << 20
+TIMEOUT = 60.0
+"""Seconds that a call may take, as SageMaker's runtime lets it, unless whoever runs the app says another."""
 
 
 class _Form(NamedTuple):
@@ -52,10 +57,21 @@ _MULTI = _Form("application/json", bare_json=True)
 class Calls:
     """The endpoints of one app."""
 
-    def __init__(self, registry: ModelRegistry, models: Models, max_body_bytes: int, timeout: float | None) -> None:
+    def __init__(
+        self,
+        registry: ModelRegistry,
+        models: Models,
+        *,
+        max_body_bytes: int,
+        max_rows: int,
+        timeout: float | None = TIMEOUT,
+        index_base: int = 0,
+    ) -> None:
         self._registry = registry
         self._models = models
-        self._max_body_bytes = max_body_bytes
+        self._max_rows = max_rows
+        self._index_base = index_base
+        self.max_body_bytes = max_body_bytes
         self._timeout = timeout
 
     async def invoke_endpoint(self, request: Request) -> Response:
@@ -92,7 +108,7 @@ class Calls:
 
     async def load_model(self, request: Request) -> Response:
         """Load a model."""
-        name, url = _read_load(await read_body(request, self._max_body_bytes))
+        name, url = _read_load(await read_body(request, self.max_body_bytes))
         await self._models.load(name, url)
         return _json({"status": f"Model {name!r} is loaded."})
 
@@ -108,38 +124,47 @@ class Calls:
             {
                 "MaxConcurrentTransforms": max(1, len(self._registry.stats().workers)),
                 "BatchStrategy": "MULTI_RECORD",
-                "MaxPayloadInMB": self._max_body_bytes // _MIB,
+                "MaxPayloadInMB": self.max_body_bytes // _MIB,
             }
         )
 
     async def _answer(self, request: Request, fields: Fields, name: str, form: _Form) -> Response:
         note_model(request.scope, name)
-        body = await read_body(request, self._max_body_bytes)
+        body = await read_body(request, self.max_body_bytes)
         if not body:
             return Response(status_code=204)
-        decoder = codecs.decoder_for(fields.get(b"content-type", b"text/csv").decode("latin-1"))
+        decoder = codecs.decoder_for(fields.get(b"content-type", b"text/csv").decode("latin-1"), self._index_base)
         accept = fields.get(b"accept", b"").decode("latin-1")
         encoder = codecs.encoder_for(accept, form.default, bare_json=form.bare_json)
-        width = await self._width(name) if decoder.needs_width else None
+        began = monotonic()
+        width = (await self._model(name, began)).n_features if decoder.needs_width else None
         if len(body) < _LARGE:
             rows = decoder.decode(body, width)
         else:
             rows = await to_thread.run_sync(decoder.decode, body, width)
-        predictions = await self._registry.predict(name, rows, timeout=self._timeout)
+        count = len(rows)
+        check_rows(count, self._max_rows)
+        if count > FEW_ROWS:
+            check_answer(count, await self._model(name, began), ("value",))
+        predictions = await self._registry.predict(name, rows, timeout=self._left(began))
         return await _written(predictions, encoder)
 
-    async def _width(self, name: str) -> int:
-        """Return how many columns the model has: the rows of a sparse format do not say."""
+    async def _model(self, name: str, began: float) -> ModelInfo:
+        """Return what a body alone does not tell: the columns of sparse rows, and the size of the answer."""
         info = self._registry.peek(name)
-        if info is None:
-            try:
-                async with asyncio.timeout(self._timeout):
-                    info = await self._registry.load(name)
-            except TimeoutError as error:
-                if isinstance(error, ModelCacheError):
-                    raise
-                raise LoadTimeoutError(f"{name} is not loaded yet: try again in a while.", model=name) from error
-        return info.n_features
+        if info is not None:
+            return info
+        try:
+            async with asyncio.timeout(self._left(began)):
+                return await self._registry.load(name)
+        except TimeoutError as error:
+            if isinstance(error, ModelCacheError):
+                raise
+            raise LoadTimeoutError(f"{name} is not loaded yet: try again in a while.", model=name) from error
+
+    def _left(self, began: float) -> float | None:
+        """Return how many seconds a call has that ``began`` then; it has one time for all that it waits for."""
+        return None if self._timeout is None else max(0.0, began + self._timeout - monotonic())
 
 
 async def _written(predictions: NDArray[np.float32], encoder: Encoder) -> Response:

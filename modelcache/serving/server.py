@@ -16,13 +16,16 @@ from starlette.responses import JSONResponse
 from modelcache.serving import access
 from modelcache.serving.access import GuardedRegistry
 from modelcache.serving.access_log import AccessLog
+from modelcache.serving.bounds import MOST_ROWS
 from modelcache.serving.config import Limits, ServerConfig
 from modelcache.serving.connections import Connection
 from modelcache.serving.guard import Guard, answer_error
 from modelcache.serving.listening import accept_the_last
 from modelcache.serving.open_inference_app import open_inference
 from modelcache.serving.openapi import describe
-from modelcache.serving.sagemaker_app import sagemaker
+from modelcache.serving.sagemaker_app import app_of
+from modelcache.serving.sagemaker_calls import Calls
+from modelcache.serving.sagemaker_models import Models
 from modelcache.telemetry.logs import log_events
 
 if TYPE_CHECKING:
@@ -58,6 +61,7 @@ class Options:
     preload: tuple[str, ...] = ()
     """Models to load before anybody can connect."""
     max_body_bytes: int = 6 << 20
+    max_rows: int = MOST_ROWS
     log_access: bool = False
     drain_seconds: float = 30.0
     """How long accepted requests may take to finish when the server is to end."""
@@ -195,10 +199,13 @@ def make_app(registry: ModelRegistry, options: Options, *, management_port: int 
     """Return the app of all routes; those of the management on ``management_port`` alone, if there is one."""
     shown = registry if options.tokens is None else cast("ModelRegistry", GuardedRegistry(registry))
     metrics = _metrics(registry)
-    public = _Routes(shown, metrics, options, management=options.management and management_port is None)
+    calls = Calls(
+        shown, Models(shown, options.store_url), max_body_bytes=options.max_body_bytes, max_rows=options.max_rows
+    )
+    public = _Routes(shown, calls, metrics, options, management=options.management and management_port is None)
     if management_port is None:
         return public
-    managing = _Routes(shown, metrics, options, management=True)
+    managing = _Routes(shown, calls, metrics, options, management=True)
 
     async def by_port(scope: Scope, receive: Receive, send: Send) -> None:
         app = managing if scope["server"][1] == management_port else public
@@ -210,10 +217,13 @@ def make_app(registry: ModelRegistry, options: Options, *, management_port: int 
 class _Routes:
     """Leads a request to the app whose protocol it speaks."""
 
-    def __init__(self, registry: ModelRegistry, metrics: ASGIApp | None, options: Options, *, management: bool) -> None:
-        size = options.max_body_bytes
-        self._open_inference = open_inference(registry, management=management, max_body_bytes=size)
-        self._sagemaker = sagemaker(registry, management=management, max_body_bytes=size, store_url=options.store_url)
+    def __init__(
+        self, registry: ModelRegistry, calls: Calls, metrics: ASGIApp | None, options: Options, *, management: bool
+    ) -> None:
+        self._open_inference = open_inference(
+            registry, management=management, max_body_bytes=options.max_body_bytes, max_rows=options.max_rows
+        )
+        self._sagemaker = app_of(calls, management=management)
         self._metrics = metrics
         self._openapi = JSONResponse(describe(management=management, metrics=metrics is not None))
 

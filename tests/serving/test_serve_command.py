@@ -295,11 +295,14 @@ def test_management_can_be_switched_off(store: Path) -> None:
 
 
 def test_management_can_be_on_a_port_of_its_own(store: Path) -> None:
-    """What loads and unloads is on that port alone; the other has all else."""
+    """What loads and unloads is on that port alone; the other has all else, and knows the names given there."""
     with serving(store, "--management-port", 0) as served:
         (_, port), (_, managed) = place(served.urls[0]), place(served.urls[1])
         assert all(status in (404, 405) for status in manage(served, port))
         assert manage(served, managed) == [200] * 4
+        load = json.dumps({"model_name": "hash", "url": "tenant_a/m"})
+        assert served.ask("POST", "/models", load, port=managed).status == 200
+        assert served.ask("POST", "/models/hash/invoke", ROW, content_type=CSV).status == 200
         assert served.ask("GET", "/ping", port=managed).status == 200
         assert served.end(signal.SIGINT) == (0, ""), "Ctrl-C is as good an end as SIGTERM"
 

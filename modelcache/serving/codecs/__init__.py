@@ -57,7 +57,7 @@ MEDIA_TYPES = tuple(_ENCODERS)
 
 
 @lru_cache(256)
-def decoder_for(content_type: str, *, index_base: int = 0) -> Decoder:
+def decoder_for(content_type: str, index_base: int = 0) -> Decoder:
     """Return what reads bodies of this type; ``index_base`` is the first index of libsvm where the type has none."""
     header = parse_header(content_type)
     make = _DECODERS.get(header.media_type)
