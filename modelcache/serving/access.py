@@ -22,9 +22,14 @@ if TYPE_CHECKING:
 
 
 class AccessDeniedError(ModelCacheError):
-    """The token does not reach this model, whether or not there is one of that name."""
+    """The token does not reach the model ``name``, whether or not there is one."""
 
     http_status = 403
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"The token does not reach the model {name!r}: use one whose patterns in the token file match.", model=name
+        )
 
 
 class Grant:
@@ -116,9 +121,12 @@ class GuardedRegistry:
         return self._registry.stats()
 
 
+def allowed(registry: object, name: str) -> bool:
+    """Say whether the caller may use ``name``: of a registry that is not guarded, anything."""
+    return not isinstance(registry, GuardedRegistry) or current.get().allows(name)
+
+
 def _checked(name: str) -> str:
     if not current.get().allows(name):
-        raise AccessDeniedError(
-            f"The token does not reach the model {name!r}: use one whose patterns in the token file match.", model=name
-        )
+        raise AccessDeniedError(name)
     return name

@@ -9,32 +9,38 @@ below ``store_url``. Three things follow from the registry's own cache:
   the next call, or by another POST.
 * A model that nobody has loaded by a POST goes by the name of its artifact, and is loaded by its first call.
 * Two names of one artifact share one resident model; when one of them is deleted, the other loads it again.
+
+A name that is another artifact's own is refused, as far as the store can tell: the forms of a call that do not know
+given names would ask the other model by it. Where the store could not tell, a given name goes before an artifact's.
+
+With a registry that is guarded a caller may use a given name only if that, and the artifact's name, are his to use.
 """
 
 from __future__ import annotations
 
 from base64 import urlsafe_b64decode, urlsafe_b64encode
-from typing import TYPE_CHECKING, NamedTuple
+from heapq import merge, nsmallest
+from itertools import islice
+from typing import TYPE_CHECKING
 
-from modelcache.errors import ModelCacheError
-from modelcache.names import check_name, is_name
+from modelcache.names import check_name, is_name, spellings
+from modelcache.serving.access import AccessDeniedError, allowed
 from modelcache.serving.errors import RequestError
+from modelcache.serving.offering import lists
 from modelcache.serving.sagemaker_errors import AlreadyLoadedError, NotLoadedError, TooManyNamesError
+from modelcache.serving.sagemaker_names import Given, GivenNames
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from modelcache.registry import ModelRegistry
 
 PAGE = 1000
 """Models in one answer to GET /models."""
-_MOST_NAMES = 100_000
-"""Names that are kept, at about 300 bytes each."""
-
-
-class _Given(NamedTuple):
-    """What a name was given to."""
-
-    artifact: str
-    url: str
+_MOST_NAMES = 10_000
+"""Names that are kept: each was asked for by a request, and a registry of as many models needs none."""
+_LONGEST_NAME = 256
+"""Characters of a name that is given; the platform's hashes have 32."""
 
 
 class Models:
@@ -43,48 +49,67 @@ class Models:
     def __init__(self, registry: ModelRegistry, store_url: str) -> None:
         self._registry = registry
         self._below = f"{store_url.rstrip('/')}/" if store_url else ""
-        self._given: dict[str, _Given] = {}
+        self._given = GivenNames()
         self._loading: set[str] = set()
 
     def artifact(self, name: str) -> str:
-        """Return what the registry calls the model that a client calls ``name``."""
+        """Return what the registry calls the model that a client calls ``name``.
+
+        Raises AccessDeniedError for a given name that is not the caller's; of others the registry takes care.
+        """
         given = self._given.get(name)
-        return given.artifact if given is not None else name
+        if given is None:
+            return name
+        if not self._is_caller_s(name, given):
+            raise AccessDeniedError(name)
+        return given.artifact
+
+    def _is_caller_s(self, name: str, given: Given) -> bool:
+        return allowed(self._registry, name) and allowed(self._registry, given.artifact)
 
     async def load(self, name: str, url: str) -> None:
         """Give ``name`` to the artifact at ``url``, and load it.
 
-        Raises AlreadyLoadedError, TooManyNamesError, RequestError for a url outside the store, and what a load raises.
+        Raises AlreadyLoadedError, TooManyNamesError, RequestError for a url outside the store and for a name that is
+        too long or another artifact's, AccessDeniedError, and what a load raises.
         """
-        given = _Given(self._artifact_at(url), url)
-        if check_name(name) in self._loading or self._registry.peek(self.artifact(name)) is not None:
+        _check_given(name)
+        given = Given(self._artifact_at(url), url)
+        for used in (name, given.artifact):
+            if not allowed(self._registry, used):
+                raise AccessDeniedError(used)
+        await self._check_no_other_s(name, given.artifact)
+        if name in self._loading or self._registry.peek(self.artifact(name)) is not None:
             raise AlreadyLoadedError(f"{name} is loaded already: DELETE it first to load another artifact.")
-        if len(self._given) >= _MOST_NAMES and name not in self._given:
-            raise TooManyNamesError(f"{_MOST_NAMES:,} names are in use: DELETE models that are not needed.")
         before = self._given.get(name)
-        self._given[name] = given
+        if len(self._given) >= _MOST_NAMES and before is None:
+            raise TooManyNamesError(f"{_MOST_NAMES:,} names are in use: DELETE models that are not needed.")
+        self._given.put(name, given)
         self._loading.add(name)
         try:
             await self._registry.load(given.artifact)
         except BaseException:
             if self._given.get(name) is given:
-                self._give_back(name, before)
+                self._given.put(name, before)
             raise
         finally:
             self._loading.discard(name)
 
-    def _give_back(self, name: str, before: _Given | None) -> None:
-        if before is None:
-            del self._given[name]
-        else:
-            self._given[name] = before
+    async def _check_no_other_s(self, name: str, artifact: str) -> None:
+        """Raise RequestError if ``name`` is the own name of another artifact."""
+        if name not in spellings(artifact) and (
+            self._registry.peek(name) is not None or await lists(self._registry, name)
+        ):
+            raise RequestError(
+                f"{name} is an artifact of its own, and not {artifact}: send another model_name, or the url {name}."
+            )
 
     async def unload(self, name: str) -> None:
         """Take ``name`` and its model away, and return when the bytes are free; NotLoadedError if there is none."""
         given = self._given.get(name)
         unloaded = await self._registry.unload(self.artifact(name))
         if given is not None and self._given.get(name) is given:
-            del self._given[name]
+            self._given.put(name, None)
         elif not unloaded:
             raise NotLoadedError(f"No model {name!r} is loaded.")
 
@@ -102,34 +127,32 @@ class Models:
         one page to another.
         """
         after = "" if token is None else _read_token(token)
-        urls = self._urls()
-        names = sorted(name for name in urls if name > after)
-        shown = names[:PAGE]
-        page: dict[str, object] = {"models": [_described(name, urls[name]) for name in shown]}
-        if len(names) > PAGE:
-            page["nextPageToken"] = urlsafe_b64encode(shown[-1].encode()).decode()
+        own = (info.name for info in self._registry.loaded() if info.name > after)
+        unnamed = nsmallest(PAGE + 1, (name for name in own if not self._goes_by_another(name)))
+        models = list(islice(merge(self._named(after), ((name, name) for name in unnamed)), PAGE + 1))
+        page: dict[str, object] = {"models": [_described(*model) for model in models[:PAGE]]}
+        if len(models) > PAGE:
+            page["nextPageToken"] = urlsafe_b64encode(models[PAGE - 1][0].encode()).decode()
         return page
 
-    def _urls(self) -> dict[str, str]:
-        """Return the url of each loaded model, by the name it was given, or else by that of its artifact."""
-        resident = {info.name for info in self._registry.loaded()}
-        urls: dict[str, str] = {}
-        named: set[str] = set()
-        for name, (artifact, url) in self._given.items():
-            key = artifact if artifact in resident else self._key(artifact)
-            if key is not None:
-                urls[name] = url
-                named.add(key)
-        for name in resident - named:
-            urls.setdefault(name, name)
-        return urls
+    def _named(self, after: str) -> Iterator[tuple[str, str]]:
+        """Yield the given names of loaded models, and their urls, sorted."""
+        for name, given in self._given.after(after):
+            if self._is_caller_s(name, given) and self._registry.peek(given.artifact) is not None:
+                yield name, given.url
 
-    def _key(self, artifact: str) -> str | None:
-        try:
-            info = self._registry.peek(artifact)  # it may be resident without its suffix
-        except ModelCacheError:
-            return None  # a registry that is guarded shows each caller only the models that are his to use
-        return info.name if info is not None else None
+    def _goes_by_another(self, artifact: str) -> bool:
+        """Say whether a resident model is listed by a name that it was given, or that name by another model."""
+        given = self._given.get(artifact)
+        return (given is not None and self._is_caller_s(artifact, given)) or any(
+            self._names_resident(spelling, artifact)
+            for spelling in spellings(artifact)
+            if any(allowed(self._registry, name) for name in self._given.of(spelling))
+        )
+
+    def _names_resident(self, spelling: str, artifact: str) -> bool:
+        info = self._registry.peek(spelling)  # "m.json" may be another model than "m", which was "m.ubj"
+        return info is not None and info.name == artifact
 
     def _artifact_at(self, url: str) -> str:
         name = url.removeprefix(self._below)
@@ -140,6 +163,11 @@ class Models:
                 f"Send its name, as 'tenant_a/Chicago_IL.tar.gz'{below}."
             )
         return name
+
+
+def _check_given(name: str) -> None:
+    if len(check_name(name)) > _LONGEST_NAME:
+        raise RequestError(f"The model_name has {len(name)} characters, the limit is {_LONGEST_NAME}. Send a shorter.")
 
 
 def _described(name: str, url: str) -> dict[str, str]:

@@ -6,7 +6,9 @@ import asyncio
 import base64
 import io
 from random import Random
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
 from urllib.parse import quote
 
 import httpx
@@ -32,16 +34,16 @@ from modelcache import (
     WorkerCrashedError,
     errors,
 )
-from modelcache.serving import codecs, sagemaker, sagemaker_errors, sagemaker_models
-from modelcache.testing import GatedStore
+from modelcache.serving import access, codecs, sagemaker, sagemaker_calls, sagemaker_errors, sagemaker_models
+from modelcache.serving.access import Grant, GuardedRegistry
+from modelcache.testing import FakeClock, GatedStore
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable, Iterator
 
     from starlette.requests import Request
 
     from conftest import MakeRegistry
-    from modelcache import ModelInfo
 
 ROWS = zoo.rows(3)
 MODEL, OTHER = zoo.model(), zoo.model(seed=1)
@@ -143,6 +145,52 @@ async def test_sparse_rows_are_as_wide_as_the_model(client: httpx.AsyncClient) -
             "/models/Houston_TX.tar.gz/invoke", content=lines, headers={"content-type": "text/libsvm"}
         )
         assert np.array_equal(floats(response.json()), MODEL.expected(rows))
+
+
+async def test_the_index_base_is_what_runs_the_app_says(shared: ModelRegistry) -> None:
+    """Where the content type does not say it."""
+    sparse = {"content-type": "text/libsvm"}
+    answers = []
+    for base, body in ((0, b"0:1 1:2"), (1, b"1:1 2:2")):
+        async with client_of(shared, index_base=base) as client:
+            answers.append(await client.post("/models/Houston_TX/invoke", content=body, headers=sparse))
+    assert answers[0].json() == answers[1].json()
+    assert answers[0].status_code == 200
+
+
+class Slow:
+    """A registry whose loads take 50 of the 60 seconds that a call has."""
+
+    def __init__(self, clock: FakeClock) -> None:
+        self._clock = clock
+        self.timeouts: list[float] = []
+
+    def peek(self, name: str) -> None:
+        pass
+
+    async def load(self, name: str) -> Any:
+        self._clock.advance(50)
+        return SimpleNamespace(n_features=6)
+
+    async def predict(self, name: str, rows: Any, timeout: float) -> Any:
+        self.timeouts.append(timeout)
+        return np.zeros(1, np.float32)
+
+
+async def test_a_call_has_one_time_for_all_that_it_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the load takes, for the width of sparse rows, is not left for the prediction."""
+    clock = FakeClock()
+    monkeypatch.setattr(sagemaker_calls, "monotonic", clock)
+    slow: Any = Slow(clock)
+    async with client_of(slow) as client:
+        for content_type in ("text/libsvm", "text/csv"):
+            response = await client.post(
+                "/models/m/invoke",
+                content=b"1:1" if "lib" in content_type else b"1",
+                headers={"content-type": content_type},
+            )
+            assert response.status_code == 200
+    assert slow.timeouts == [10, 60]
 
 
 async def test_a_large_body_is_answered_like_a_small_one(client: httpx.AsyncClient) -> None:
@@ -397,6 +445,63 @@ async def test_a_name_may_be_another_than_the_artifact_s(make_registry: MakeRegi
         assert (await client.post("/models/5e2a/x/invoke", content=csv(ROWS), headers=CSV)).status_code == 404
 
 
+class Unlisted(MemoryStore):
+    """A store that cannot list its models."""
+
+    names: Any = None
+
+
+async def test_the_name_of_another_artifact_is_not_given(make_registry: MakeRegistry) -> None:
+    """By that name TargetModel asks the other model, and the two would differ; its own name an artifact may have."""
+    registry = await make_registry(MemoryStore(ARTIFACTS))
+    async with client_of(registry) as client:
+        for name in ("Zürich", "Zürich.ubj"):
+            for _ in ("cold", "resident"):
+                refused = await client.post("/models", json={"model_name": name, "url": "Houston_TX"})
+                assert (refused.status_code, refused.json()["type"]) == (400, "RequestError")
+                await registry.load("Zürich")
+            await registry.unload("Zürich")
+        for name, url in (("Zürich", "Zürich.ubj"), ("Houston_TX.tar.gz", "Houston_TX")):
+            assert (await client.post("/models", json={"model_name": name, "url": url})).status_code == 200
+
+
+async def test_a_given_name_goes_before_an_artifact_s(make_registry: MakeRegistry) -> None:
+    """A store that cannot list does not tell that the name is an artifact's: the list then has it once."""
+    registry = await make_registry(Unlisted(ARTIFACTS))
+    async with client_of(registry) as client:
+        load = {"model_name": "Zürich", "url": "Houston_TX"}
+        assert (await client.post("/models", json=load)).status_code == 200
+        await registry.load("Zürich")
+        invoked = await client.post("/models/Zürich/invoke", content=csv(ROWS), headers=CSV)
+        assert np.array_equal(floats(invoked.json()), MODEL.expected(ROWS))
+        assert (await client.get("/models")).json() == {"models": [{"modelName": "Zürich", "modelUrl": "Houston_TX"}]}
+
+
+async def test_a_page_looks_at_no_more_names_than_it_shows(
+    shared: ModelRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many names there are, a page of them costs the event loop the same."""
+    monkeypatch.setattr(sagemaker_models, "PAGE", 2)
+    registry = Mock(spec=ModelRegistry, peek=Mock(side_effect=shared.peek), loaded=Mock(return_value=[]))
+    registry.names = shared.names
+    registry.load = shared.load
+    models = sagemaker_models.Models(registry, "")
+    await shared.unload("Houston_TX")
+    names = [f"name {place}" for place in range(9)]
+    for name in names:
+        await models.load(name, "Houston_TX")
+    registry.peek.reset_mock()
+    seen: list[str] = []
+    token: Any = None
+    while token is not None or not seen:
+        page: Any = models.page(token)
+        seen += [model["modelName"] for model in page["models"]]
+        token = page.get("nextPageToken")
+        assert registry.peek.call_count <= 3
+        registry.peek.reset_mock()
+    assert seen == names
+
+
 async def test_a_name_is_given_again(make_registry: MakeRegistry) -> None:
     """A name whose model was evicted may be loaded anew, from another artifact; if that fails it stays what it was."""
     registry = await make_registry(MemoryStore(ARTIFACTS))
@@ -440,47 +545,42 @@ async def test_a_model_without_room_is_a_507(make_registry: MakeRegistry, monkey
         assert (response.status_code, response.json()["type"]) == (507, "TooManyNamesError")
 
 
-class ForbiddenError(ModelCacheError):
-    http_status = 403
+@pytest.fixture
+def grant() -> Iterator[Callable[[Grant], object]]:
+    """Sets what the caller may use."""
+    before = access.current.set(access.NOTHING)
+    yield access.current.set
+    access.current.reset(before)
 
 
-class Guarded:
-    """A registry of which a caller, unless it is all his, may use what begins with "a"."""
-
-    def __init__(self, registry: ModelRegistry) -> None:
-        self._registry = registry
-        self.all = True
-
-    def loaded(self) -> list[ModelInfo]:
-        return [info for info in self._registry.loaded() if self.all or info.name.startswith("a")]
-
-    def __getattr__(self, method: str) -> Any:
-        def guarded(name: str, *rows: Any, **options: Any) -> Any:
-            if not self.all and not name.startswith("a"):
-                raise ForbiddenError("not yours")
-            return getattr(self._registry, method)(name, *rows, **options)
-
-        return guarded
-
-
-async def test_a_registry_may_keep_models_from_a_caller(make_registry: MakeRegistry) -> None:
-    """What a registry refuses is a 403, takes no name away, and spoils no list of the others."""
-    registry: Any = Guarded(await make_registry(MemoryStore({"a.ubj": MODEL.ubj, "b.ubj": OTHER.ubj})))
+async def test_a_registry_may_keep_models_from_a_caller(
+    make_registry: MakeRegistry, grant: Callable[[Grant], object]
+) -> None:
+    """A name and its artifact have to be the caller's: others are a 403 that names no other's, and in no list."""
+    models = {f"{name}.ubj": data for name, data in (("a/m", MODEL.ubj), ("b/m", OTHER.ubj))}
+    registry: Any = GuardedRegistry(await make_registry(MemoryStore(models)))
     async with client_of(registry) as client:
-        for name, url in (("a2", "a"), ("b2", "b"), ("aa", "b")):
+        grant(access.EVERYTHING)
+        given = {"a/2": "a/m", "b/2": "b/m", "a/b": "b/m", "hash": "a/m"}
+        for name, url in given.items():
             assert (await client.post("/models", json={"model_name": name, "url": url})).status_code == 200
-        registry.all = False
-        assert (await client.get("/models")).json() == {"models": [{"modelName": "a2", "modelUrl": "a"}]}
-        for name in ("b", "b2", "aa"):
-            assert (await client.get(f"/models/{name}")).status_code == 403
-            assert (await client.delete(f"/models/{name}")).status_code == 403
-            assert (await client.post("/models", json={"model_name": name, "url": "a"})).status_code == 403
-        assert (await client.post("/models", json={"model_name": "a3", "url": "b"})).status_code == 403
-        refused = await call(client, "b")
-        assert (refused.status_code, refused.headers["x-amzn-errortype"]) == (403, "AccessDeniedException")
-        registry.all = True
-        names = [model["modelName"] for model in (await client.get("/models")).json()["models"]]
-        assert names == ["a2", "aa", "b2"]
+        grant(Grant(("a/*",)))
+        assert (await client.get("/models")).json() == {"models": [{"modelName": "a/2", "modelUrl": "a/m"}]}
+        for name in ("b/m", "b/2", "a/b", "hash"):
+            refused = [
+                await client.get(f"/models/{name}"),
+                await client.delete(f"/models/{name}"),
+                await client.post(f"/models/{name}/invoke", content=csv(ROWS), headers=CSV),
+                await client.post("/models", json={"model_name": name, "url": "a/m"}),
+            ]
+            assert {answer.status_code for answer in refused} == {403}
+            assert not any("b/m" in answer.text for answer in refused if name != "b/m")
+        assert (await client.post("/models", json={"model_name": "a/3", "url": "b/m"})).status_code == 403
+        foreign = await call(client, "b/m")
+        assert (foreign.status_code, foreign.headers["x-amzn-errortype"]) == (403, "AccessDeniedException")
+        grant(access.EVERYTHING)
+        listed = (await client.get("/models")).json()["models"]
+        assert {model["modelName"]: model["modelUrl"] for model in listed} == given
 
 
 @pytest.mark.parametrize(
@@ -489,6 +589,7 @@ async def test_a_registry_may_keep_models_from_a_caller(make_registry: MakeRegis
         b"", b"{", b"[]", b'{"model_name": "m"}', b'{"model_name": 1, "url": "Houston_TX"}',
         b'{"model_name": "../m", "url": "Houston_TX"}', b'{"model_name": "m", "url": "/opt/ml/models/m/model"}',
         b'{"model_name": "m", "url": "s3://elsewhere/m.tar.gz"}', b'{"model_name": "m", "url": ""}',
+        b'{"model_name": "%b", "url": "Houston_TX"}' % (b"m" * 257),
     ],
 )  # fmt: skip
 async def test_a_load_that_makes_no_sense(client: httpx.AsyncClient, body: bytes) -> None:
