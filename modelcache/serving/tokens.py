@@ -68,7 +68,10 @@ def read_tokens(file: Path) -> Tokens:
             )
         if token in grants:
             raise TokenFileError(f"Line {number} of {file} has a token that was there before: put all patterns in one.")
-        grants[token] = Grant(patterns or ("*",))
+        try:
+            grants[token] = Grant(patterns or ("*",))
+        except ValueError as error:
+            raise TokenFileError(f"Line {number} of {file}: {error}") from error
     if not grants:
         raise TokenFileError(f"There is no token in {file}: nobody could use the server. Write one on a line.")
     return Tokens(grants)

@@ -51,6 +51,8 @@ def test_only_the_token_itself_opens(file: Path, token: bytes) -> None:
         ("good\nbäd\n", "Line 2"),
         ("to,ken\n", "Line 1"),
         ("twice\nonce\ntwice tenant_a/*\n", "Line 3"),
+        ("good *.json\n", r"Line 1 .* write \* if that is meant"),
+        ("good tenant_a/v?.tar.gz\n", r"write tenant_a/v\? if that is meant"),
     ],
 )
 def test_a_file_that_is_not_understood_is_refused(file: Path, text: str, said: str) -> None:
@@ -100,6 +102,8 @@ def test_a_file_that_all_can_read_is_warned_of(
         ("Chicago_??", "Chicago_TX", True),
         ("v[12]/*", "v2/m", True),
         ("*", "anything/at all", True),
+        ("*.js*", "a.json", False),
+        ("a|b", "a", False),
     ],
 )
 def test_patterns(pattern: str, name: str, allowed: bool) -> None:
