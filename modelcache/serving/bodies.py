@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
 _GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
+_MOST_OF_A_COMMAND = 1 << 14
+"""Bytes: two names of a thousand characters, each of a dozen bytes as JSON may write it, are not quite as many."""
 _CODINGS = frozenset({"gzip", "x-gzip", "deflate"})
 _PIECE = 4 << 10
 """Bytes that are expanded at a time; those of the largest body that is expanded on the event loop."""
@@ -42,6 +44,11 @@ async def read_body(request: Request, limit: int) -> bytes:
     return await anyio.to_thread.run_sync(_decompress, body, coding, limit, abandon_on_cancel=True)
 
 
+async def read_command(request: Request, limit: int) -> bytes:
+    """Return the body of a request that manages models: some KiB at most, as they are parsed on the event loop."""
+    return await read_body(request, min(limit, _MOST_OF_A_COMMAND))
+
+
 def _decompress(body: bytearray, coding: str, limit: int) -> bytes:
     """Expand ``body``, which may be several members in a row.
 
@@ -67,4 +74,6 @@ def _decompress(body: bytearray, coding: str, limit: int) -> bytes:
 
 
 def _too_large(limit: int) -> PayloadTooLargeError:
-    return PayloadTooLargeError(f"The body has more than {limit:,} bytes, which is the limit here. Send fewer rows.")
+    return PayloadTooLargeError(
+        f"The body has more than {limit:,} bytes, which is the limit here. Send less in one request."
+    )

@@ -33,7 +33,7 @@ from modelcache.inputs import column_order
 from modelcache.names import split_suffix
 from modelcache.serving import open_inference_metadata as about
 from modelcache.serving.access_log import note_model
-from modelcache.serving.bodies import read_body
+from modelcache.serving.bodies import read_body, read_command
 from modelcache.serving.bounds import FEW_ROWS, MOST_ROWS, check_answer, check_rows
 from modelcache.serving.errors import RequestError
 from modelcache.serving.offering import lists
@@ -214,7 +214,7 @@ class _App:
 
     async def index(self, request: Request) -> Response:
         """List what is resident and, unless ``ready`` is true, what else the store offers, if it can list that."""
-        ready = parse_object(await read_body(request, self._limit)).get("ready", False)
+        ready = parse_object(await read_command(request, self._limit)).get("ready", False)
         if type(ready) is not bool:
             raise RequestError("'ready' has to be true or false.")
         resident = self._registry.loaded()
@@ -237,7 +237,7 @@ class _App:
 
     async def load(self, request: Request) -> Response:
         """Make a model resident; of a resident one, ask the store for another version, and swap."""
-        parameters = parse_object(await read_body(request, self._limit)).get("parameters")
+        parameters = parse_object(await read_command(request, self._limit)).get("parameters")
         if parameters:
             raise RequestError("A model is loaded as the store has it: 'parameters' are not taken. Leave them out.")
         await self._registry.refresh(request.path_params["name"])
@@ -245,7 +245,7 @@ class _App:
 
     async def unload(self, request: Request) -> Response:
         """Free a model; answers when its bytes are free, and that is well if there were none."""
-        parse_object(await read_body(request, self._limit))
+        parse_object(await read_command(request, self._limit))
         await self._registry.unload(request.path_params["name"])
         return json_response({})
 

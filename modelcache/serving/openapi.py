@@ -31,7 +31,7 @@ _CLIENT_ERRORS = {
     400: "The request, the name or the rows are not understood.",
     404: "There is no such model.",
     406: "No type that the client accepts is written.",
-    413: "The body is larger than the server takes.",
+    413: "The body, its rows or the answer are more than the server takes.",
     415: "The body is of a type, or compressed in a way, that is not read.",
     422: "The artifact is no model.",
 }

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from modelcache.errors import LoadTimeoutError, ModelCacheError
 from modelcache.serving import codecs
 from modelcache.serving.access_log import note_model
-from modelcache.serving.bodies import read_body
+from modelcache.serving.bodies import read_body, read_command
 from modelcache.serving.bounds import FEW_ROWS, check_answer, check_rows
 from modelcache.serving.errors import RequestError
 
@@ -108,7 +108,7 @@ class Calls:
 
     async def load_model(self, request: Request) -> Response:
         """Load a model."""
-        name, url = _read_load(await read_body(request, self.max_body_bytes))
+        name, url = _read_load(await read_command(request, self.max_body_bytes))
         await self._models.load(name, url)
         return _json({"status": f"Model {name!r} is loaded."})
 

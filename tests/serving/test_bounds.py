@@ -103,6 +103,19 @@ async def test_the_answer_of_a_cold_model_has_a_limit(registry: ModelRegistry, m
             assert answer.status_code == status, answer.text
 
 
+@pytest.mark.parametrize(
+    "path",
+    ["/models", *(f"/kserve/v2/repository/{what}" for what in ("index", "models/cold/load", "models/cold/unload"))],
+)
+async def test_commands_are_short(registry: ModelRegistry, path: str) -> None:
+    """They are parsed on the event loop: a name, a url and little more are read, however large other bodies may be."""
+    body = b'{"model_name": "cold", "url": "cold", "more": [%b]}'
+    async with client_of(registry) as client:
+        for size, status in (((1 << 14) - len(body) + 2, {200, 409}), ((1 << 14) - len(body) + 3, {413})):
+            answer = await client.post(path, content=body % (b" " * size))
+            assert answer.status_code in status, answer.text
+
+
 async def test_a_large_answer_is_written_in_a_thread(registry: ModelRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
     """The event loop has others to serve."""
     threads = []
