@@ -1,6 +1,7 @@
 """``open_inference(registry)``: the Open Inference Protocol (KServe V2), for clients of Triton, MLServer and KServe.
 
-A name may have slashes in it, and versions may: a path is read from its end, where the verb is::
+A name may have slashes in it, and versions may: a path is read from its end, where the verb is, and a slash that is
+quoted, as ``%2F``, separates nothing: ``/v2/models/a%2Fversions%2Fb`` is the model ``a/versions/b``::
 
     /v2/models/{name}[/versions/{version}]                      GET   metadata
     /v2/models/{name}[/versions/{version}]/infer                POST
@@ -16,6 +17,7 @@ import asyncio
 import logging
 from math import ceil
 from typing import TYPE_CHECKING
+from urllib.parse import quote, unquote
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -119,7 +121,7 @@ class _App:
 
     async def model(self, request: Request) -> Response:
         """Do what the end of the path says."""
-        name, version, verb = split_target(request.path_params["target"])
+        name, version, verb = split_target(_quoted_target(request))
         note_model(request.scope, name)
         method, handler = self._verbs[verb]
         if request.method != method and (request.method, method) != ("HEAD", "GET"):
@@ -258,8 +260,14 @@ async def _encoded(
     return encode_response(head, outputs)
 
 
+def _quoted_target(request: Request) -> str:
+    """Return what follows ``/v2/models/`` as it was sent; quoted again if that is not known."""
+    _, found, target = request.scope.get("raw_path", b"").decode("latin-1").partition("/v2/models/")
+    return target if found else quote(request.path_params["target"])
+
+
 def split_target(target: str) -> tuple[str, str | None, str]:
-    """Split what follows ``/v2/models/`` into the model's name, the version and the verb, "" for metadata.
+    """Split what follows ``/v2/models/``, quoted, into the model's name, the version and the verb, "" for metadata.
 
     No name is all models: their statistics can be asked for together.
     """
@@ -269,7 +277,7 @@ def split_target(target: str) -> tuple[str, str | None, str]:
     if not head or verb not in _VERBS:
         head, verb = target, ""
     name, _, version = head.rpartition("/versions/")
-    return (name, version, verb) if name else (head, None, verb)
+    return (unquote(name), unquote(version), verb) if name else (unquote(head), None, verb)
 
 
 def _check_version(info: ModelInfo, name: str, version: str | None) -> ModelInfo:

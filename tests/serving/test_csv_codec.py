@@ -102,6 +102,7 @@ def test_other_sizes_of_labels_are_refused() -> None:
     [
         ("", "text/csv", r"The body is empty\. Send one row of numbers a line"),
         ("\n\r\n", "text/csv", r"The body is empty"),
+        ("1,2\n3,\xa04\n", "text/csv", r"Line 2, column 2: '\\xa04' is no number"),
         ("1,2\n3,x\n", "text/csv", r"Line 2, column 2: 'x' is no number\. Leave a cell empty for a missing value\."),
         ("\n\n1,2\n3,NA\n", "text/csv", r"Line 4, column 2: 'NA' is no number"),
         ("1,null", "text/csv", r"Line 1, column 2: 'null' is no number"),

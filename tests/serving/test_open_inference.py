@@ -205,12 +205,38 @@ async def test_a_large_answer_is_compressed_if_the_client_accepts_that(
         ("stats/ready", ("stats", None, "ready")),
         ("m/learn", ("m/learn", None, "")),
         ("/versions/1", ("/versions/1", None, "")),
+        ("a%2Fversions%2Fb", ("a/versions/b", None, "")),
+        ("a%2Fversions%2Fb/versions/x%2Fy/infer", ("a/versions/b", "x/y", "infer")),
+        ("a%2fready", ("a/ready", None, "")),
+        ("50%2525/ready", ("50%25", None, "ready")),
         ("", ("", None, "")),
     ],
 )
 def test_a_path_is_read_from_its_end(target: str, parts: tuple[str, str | None, str]) -> None:
-    """A name may hold anything but a verb at its end."""
+    """A name may hold anything but a verb at its end; and that, too, if its slash is quoted."""
     assert split_target(target) == parts
+
+
+async def test_a_quoted_slash_is_part_of_the_name(client: httpx.AsyncClient) -> None:
+    """So that each model can be asked for without a version; unquoted it is the version of another."""
+    path = "models/a%2Fversions%2Fb"
+    rows = predictions(await client.post(f"{path}/infer", json=asking()))
+    assert np.array_equal(rows, zoo.model(seed=2).expected(ROWS))
+    assert (await client.get(path)).json()["name"] == "a/versions/b"
+    problem(await client.get("models/a/versions/b"), 404)
+
+
+async def test_a_server_need_not_tell_the_path_as_it_was_sent(shared: ModelRegistry) -> None:
+    """What is decoded already is not decoded twice."""
+    app = open_inference(shared)
+
+    async def without(scope: Any, receive: Any, send: Any) -> None:
+        del scope["raw_path"]
+        await app(scope, receive, send)
+
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(without), base_url="http://server/v2") as client:
+        assert (await client.get("models/tenant_a/house/ready")).json()["name"] == "tenant_a/house"
+        assert "'50%25'" in problem(await client.get("models/50%2525/ready"), 404)
 
 
 async def test_the_version_is_in_every_answer_and_can_be_asked_for(client: httpx.AsyncClient) -> None:

@@ -94,7 +94,7 @@ def _decode_any(body: bytes, label_size: int) -> Matrix:
     if not rows:
         raise InvalidInputError("The body is empty. Send one row of numbers a line, separated by commas.")
     delimiter = _delimiter(rows)
-    if b'"' not in rows and not _EMPTY_LINE.search(rows):
+    if rows.isascii() and b'"' not in rows and not _EMPTY_LINE.search(rows):  # loadtxt drops any white space of Unicode
         with suppress(ValueError):  # by which loadtxt says that it needs a closer look
             matrix = np.concatenate([_read_piece(piece, delimiter) for piece in _pieces(rows)])
             if matrix.shape[1] > label_size:
