@@ -132,7 +132,7 @@ def test_without_its_extra_the_demo_says_what_to_install(missing: str, tmp_path:
     block = f"import sys; sys.modules[{missing!r}] = None; sys.argv[1:] = ['demo']"
     refused = spawn("-c", f"{block}; from modelcache.cli import main; main()", cwd=tmp_path)
     assert (refused.code, refused.out) == (1, "")
-    assert refused.err == f"modelcache: The demo needs {missing}: pip install 'modelcache[demo]'\n"
+    assert refused.err == f"modelcache: The command demo needs {missing}: pip install 'modelcache[demo]'\n"
     assert list(tmp_path.iterdir()) == []
 
 

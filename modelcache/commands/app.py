@@ -1,6 +1,8 @@
 """The commands and their options; each hands over to the module that does the work."""
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -9,8 +11,8 @@ import typer
 
 from modelcache import InvalidInputError, MissingDependencyError, __version__
 from modelcache.commands import inspecting, listing, predicting
+from modelcache.commands import serve_options as given
 from modelcache.commands.terminal import make_console
-from modelcache.sizing import parse_bytes
 
 app = typer.Typer(
     add_completion=False,
@@ -34,27 +36,16 @@ class OutputKind(StrEnum):
     contribs = "contribs"
 
 
-class LogFormat(StrEnum):
-    """How a line of the log is written."""
-
-    text = "text"
-    json = "json"
-
-
-class LogLevel(StrEnum):
-    """What to log: this, and what is worse."""
-
-    debug = "debug"
-    info = "info"
-    warning = "warning"
-    error = "error"
-
-
-def _size(text: str) -> int:
+@contextmanager
+def _extra(name: str, packages: frozenset[str]) -> Iterator[None]:
+    """Import within what needs ``packages``; says which is missing, and that it comes by the extra ``name``."""
     try:
-        return parse_bytes(int(text) if text.isdecimal() else text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+        yield
+    except ModuleNotFoundError as error:
+        missing = str(error.name).partition(".")[0]
+        if missing not in packages:
+            raise
+        raise MissingDependencyError(f"The command {name} needs {missing}: pip install 'modelcache[{name}]'") from error
 
 
 def _print_version(wanted: bool) -> None:
@@ -84,13 +75,8 @@ def demo(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the models and the chart go.")] = Path("demo"),
 ) -> None:
     """Train a model per city, and serve them all: cold and warm calls, a new city, evictions, a rush of callers."""
-    try:
-        from modelcache.demo import run  # noqa: PLC0415 - what it needs comes by an extra
-    except ModuleNotFoundError as error:
-        missing = str(error.name).partition(".")[0]
-        if missing not in _DEMO_PACKAGES:
-            raise
-        raise MissingDependencyError(f"The demo needs {missing}: pip install 'modelcache[demo]'") from error
+    with _extra("demo", _DEMO_PACKAGES):
+        from modelcache.demo import run  # noqa: PLC0415
     run(make_console(), out=out, models=models, calls=calls, seed=seed)
 
 
@@ -153,86 +139,50 @@ def manifest(
 def serve(
     store: Store,
     *,
-    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
-    memory_budget: Annotated[
-        int | None,
-        typer.Option(
-            parser=_size, metavar="SIZE", help="For all models in memory, as '2 GiB'; by default half of what is free."
-        ),
-    ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Worker processes; by default one a core.")] = None,
-    disk_cache: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Keep copies of remote artifacts here.")
-    ] = None,
-    refresh_after: Annotated[
-        float | None,
-        typer.Option(min=0, metavar="SECONDS", help="Ask the store for new versions of models older than this."),
-    ] = None,
-    preload: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Load this model before the first request; repeatable.")
-    ] = None,
-    token_file: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Let in who sends a bearer token of this file: one a line, each followed by patterns of the models it "
-            "is for, such as tenant_a/*, unless it is for all.",
-        ),
-    ] = None,
-    insecure: Annotated[bool, typer.Option("--insecure", help="Let other hosts in without a token.")] = False,
-    management: Annotated[bool, typer.Option(help="Let clients load and unload models.")] = True,
-    management_port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="Let them do so on this port alone.", show_default=False)
-    ] = None,
-    max_body: Annotated[
-        int, typer.Option(parser=_size, metavar="SIZE", help="The largest body of a request, decompressed.")
-    ] = "6 MiB",  # type: ignore[assignment]  # typer parses defaults as well, and shows them as they are written
-    request_timeout: Annotated[
-        float, typer.Option(min=0.001, metavar="SECONDS", help="A request has to be all here within this time.")
-    ] = 30.0,
-    drain: Annotated[
-        float, typer.Option(min=0, metavar="SECONDS", help="After SIGTERM, what was accepted may take this long.")
-    ] = 30.0,
-    access_log: Annotated[bool, typer.Option("--access-log", help="Log each request.")] = False,
-    log_level: Annotated[LogLevel, typer.Option(help="What to log, to standard error.")] = LogLevel.warning,
-    log_format: Annotated[LogFormat, typer.Option(help="As lines to read, or each as JSON.")] = LogFormat.text,
+    host: given.Host = "127.0.0.1",
+    port: given.Port = 8080,
+    memory_budget: given.MemoryBudget = None,
+    workers: given.Workers = None,
+    disk_cache: given.DiskCache = None,
+    refresh_after: given.RefreshAfter = None,
+    preload: given.Preload = None,
+    token_file: given.TokenFile = None,
+    insecure: given.Insecure = False,
+    management: given.Management = True,
+    management_port: given.ManagementPort = None,
+    max_body: given.MaxBody = "6 MiB",  # type: ignore[assignment]  # typer parses it, and shows it as it is written
+    max_rows: given.MaxRows = 1_000_000,
+    request_timeout: given.RequestTimeout = 30.0,
+    drain: given.Drain = 30.0,
+    access_log: given.AccessLog = False,
+    log_level: given.Level = given.LogLevel.warning,
+    log_format: given.Format = given.LogFormat.text,
 ) -> None:
     """Serve the models of a store over HTTP, for clients of SageMaker and of the Open Inference Protocol.
 
     Ends at SIGTERM or Ctrl-C, when all that it has accepted is answered.
     """
-    try:
-        from modelcache.commands import serving  # noqa: PLC0415 - what it needs comes by an extra
-    except ModuleNotFoundError as error:
-        missing = str(error.name).partition(".")[0]
-        if missing not in _SERVE_PACKAGES:
-            raise
-        raise MissingDependencyError(f"serve needs {missing}: pip install 'modelcache[serve]'") from error
+    with _extra("serve", _SERVE_PACKAGES):
+        from modelcache.commands import serving  # noqa: PLC0415
     if management_port is not None and not management:
         raise typer.BadParameter("--management-port and --no-management exclude each other.")
-    serving.log_to_stderr(log_level.value, access=access_log, as_json=log_format is LogFormat.json)
-    serving.run(
-        make_console(),
-        store,
-        host=host,
-        port=port,
-        insecure=insecure,
-        registry_options={
-            "memory_budget": memory_budget,
-            "workers": workers,
-            "disk_cache": disk_cache,
-            "refresh_after": refresh_after,
-        },
-        options=serving.Options(
-            tokens=None if token_file is None else serving.read_tokens(token_file),
-            management=management,
-            management_port=management_port,
-            store_url=store,
-            preload=tuple(preload or ()),
-            max_body_bytes=max_body,
-            log_access=access_log,
-            drain_seconds=drain,
-            limits=serving.Limits(request_seconds=request_timeout),
-        ),
+    serving.log_to_stderr(log_level.value, access=access_log, as_json=log_format is given.LogFormat.json)
+    registry_options = {
+        "memory_budget": memory_budget, "workers": workers, "disk_cache": disk_cache, "refresh_after": refresh_after,
+    }  # fmt: skip
+    options = serving.Options(
+        tokens=None if token_file is None else serving.read_tokens(token_file),
+        management=management,
+        management_port=management_port,
+        store_url=store,
+        preload=tuple(preload or ()),
+        max_body_bytes=max_body,
+        max_rows=max_rows,
+        log_access=access_log,
+        drain_seconds=drain,
+        limits=serving.Limits(request_seconds=request_timeout),
     )
+    serving.run(
+        make_console(), store, host=host, port=port, insecure=insecure, registry_options=registry_options,
+        options=options,
+    )  # fmt: skip

@@ -46,7 +46,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(store: Path) -> Iterator[Served]:
     """One without tokens, with deadlines that a test can wait for."""
-    with serving(store, "--request-timeout", 0.2, "--max-body", "64 KiB", "--access-log") as served:
+    with serving(store, "--request-timeout", 0.2, "--max-body", "64 KiB", "--max-rows", 9, "--access-log") as served:
         yield served
 
 
@@ -107,7 +107,12 @@ def test_request_ids_are_echoed_by_both(server: Served) -> None:
 
 
 def test_bodies_have_a_limit(server: Served) -> None:
-    """A body over the limit is 413 in both protocols, the connection lives on, and nobody else notices."""
+    """Too many bytes, or rows, are 413 in both protocols, the connection lives on, and nobody else notices."""
+    for count, status in ((9, 200), (10, 413)):
+        tensor = {"name": "x", "shape": [count, 6], "datatype": "FP32", "data": [1] * 6 * count}
+        asked = server.ask("POST", "/v2/models/Chicago_IL/infer", json.dumps({"inputs": [tensor]}))
+        invoked = server.ask("POST", "/models/Chicago_IL/invoke", ROW * count, content_type=CSV)
+        assert (asked.status, invoked.status) == (status, status)
     for path in ("/models/Chicago_IL/invoke", "/v2/models/Chicago_IL/infer", "/models"):
         assert server.ask("POST", path, b"1" * (65 << 10), content_type=CSV).status == 413
     assert server.ask("POST", "/models/Chicago_IL/invoke", ROW, content_type=CSV).status == 200
