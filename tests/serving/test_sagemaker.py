@@ -475,6 +475,18 @@ async def test_a_given_name_goes_before_an_artifact_s(make_registry: MakeRegistr
         invoked = await client.post("/models/Zürich/invoke", content=csv(ROWS), headers=CSV)
         assert np.array_equal(floats(invoked.json()), MODEL.expected(ROWS))
         assert (await client.get("/models")).json() == {"models": [{"modelName": "Zürich", "modelUrl": "Houston_TX"}]}
+        assert (await client.delete("/models/Zürich")).status_code == 200
+        assert (await client.post("/models", json=load)).status_code == 400, "it is resident, so it is known now"
+
+
+async def test_one_artifact_s_name_hides_no_other_of_its_stem(make_registry: MakeRegistry) -> None:
+    """A name for m.json leaves m in the list, which is m.ubj."""
+    registry = await make_registry(MemoryStore({"m.ubj": MODEL.ubj, "m.json": OTHER.json}))
+    await registry.load("m")
+    async with client_of(registry) as client:
+        assert (await client.post("/models", json={"model_name": "x", "url": "m.json"})).status_code == 200
+        listed = (await client.get("/models")).json()["models"]
+        assert {model["modelName"]: model["modelUrl"] for model in listed} == {"m": "m", "x": "m.json"}
 
 
 async def test_a_page_looks_at_no_more_names_than_it_shows(
@@ -557,15 +569,17 @@ async def test_a_registry_may_keep_models_from_a_caller(
     make_registry: MakeRegistry, grant: Callable[[Grant], object]
 ) -> None:
     """A name and its artifact have to be the caller's: others are a 403 that names no other's, and in no list."""
-    models = {f"{name}.ubj": data for name, data in (("a/m", MODEL.ubj), ("b/m", OTHER.ubj))}
+    models = {"a/m.ubj": MODEL.ubj, "a/x.ubj": MODEL.ubj, "b/m.ubj": OTHER.ubj}
     registry: Any = GuardedRegistry(await make_registry(MemoryStore(models)))
     async with client_of(registry) as client:
         grant(access.EVERYTHING)
-        given = {"a/2": "a/m", "b/2": "b/m", "a/b": "b/m", "hash": "a/m"}
+        given = {"a/2": "a/m", "b/2": "b/m", "a/b": "b/m", "hash": "a/x"}
         for name, url in given.items():
             assert (await client.post("/models", json={"model_name": name, "url": url})).status_code == 200
         grant(Grant(("a/*",)))
-        assert (await client.get("/models")).json() == {"models": [{"modelName": "a/2", "modelUrl": "a/m"}]}
+        assert (await client.get("/models")).json() == {
+            "models": [{"modelName": "a/2", "modelUrl": "a/m"}, {"modelName": "a/x", "modelUrl": "a/x"}]
+        }
         for name in ("b/m", "b/2", "a/b", "hash"):
             refused = [
                 await client.get(f"/models/{name}"),
