@@ -19,6 +19,7 @@ import pytest
 import modelcache
 import oracle
 import zoo
+from apps import PATIENCE
 from modelcache import (
     FeatureMismatchError,
     InvalidInputError,
@@ -212,12 +213,12 @@ def test_many_threads_share_one_load(make: Callable[..., ModelRegistry]) -> None
     """F1, of threads: 16 callers of a cold model make one fetch, and each gets the answer to its own rows."""
     store = GatedStore({"m.ubj": zoo.model().ubj})
     registry = make(store)
-    registry.start()
+    boarded = boardings(registry.start())
     with ThreadPoolExecutor(16) as threads:
         batches = [zoo.rows(2, seed) for seed in range(16)]
         calls = [threads.submit(registry.predict, "m", rows) for rows in batches]
-        while len(registry._registry._state.flights.airborne) != 1 or registry._thread.ask(waiters, registry) != 16:
-            pass
+        assert all(boarded.acquire(timeout=PATIENCE) for _ in calls)
+        assert registry._thread.ask(waiters, registry) == 16
         registry._thread.ask(store.open, "m")
         for call, rows in zip(calls, batches, strict=True):
             assert np.array_equal(call.result(), zoo.model().expected(rows))
@@ -225,6 +226,20 @@ def test_many_threads_share_one_load(make: Callable[..., ModelRegistry]) -> None
         for call, rows in zip(warm, batches * 20, strict=True):
             assert np.array_equal(call.result(), zoo.model().expected(rows))
     assert store.fetches == ["m"]
+
+
+def boardings(registry: ModelRegistry) -> threading.Semaphore:
+    """Released by each call that comes to wait for a load, from now on."""
+    leasing = registry._registry._leasing
+    board, boarded = leasing.board, threading.Semaphore(0)
+
+    def board_and_tell(*args: Any, **options: Any) -> Any:
+        boarding = board(*args, **options)
+        boarded.release()
+        return boarding
+
+    leasing.board = board_and_tell  # type: ignore[method-assign]
+    return boarded
 
 
 def waiters(registry: ModelRegistry) -> int:
@@ -432,11 +447,10 @@ def test_close_answers_everybody(make: Callable[..., ModelRegistry]) -> None:
     """Those who wait for a load, and those who come later, get RegistryClosedError; to close again is harmless."""
     store = GatedStore({"m.ubj": zoo.model().ubj})
     registry = make(store)
-    registry.start()
+    boarded = boardings(registry.start())
     with ThreadPoolExecutor(4) as threads:
         calls = [threads.submit(registry.predict, "m", ROWS) for _ in range(4)]
-        while registry._thread.ask(waiters, registry) != 4:
-            pass
+        assert all(boarded.acquire(timeout=PATIENCE) for _ in calls)
         registry.close()
         for call in calls:
             with pytest.raises(RegistryClosedError, match="closed"):

@@ -95,11 +95,15 @@ def test_a_script_that_ends_while_a_call_waits(run: Any) -> None:
     _, complaints = run("""
         from modelcache.testing import GatedStore
 
-        store = GatedStore({"m.ubj": b""})
-        registry = ModelRegistry(store, workers=1)
+        class Told(GatedStore):
+            async def fetch(self, name, **options):
+                asked.set()
+                return await super().fetch(name, **options)
+
+        asked = threading.Event()
+        registry = ModelRegistry(Told({"m.ubj": b""}), workers=1)
         threading.Thread(target=attempt, args=(registry.predict, "m", ROW), daemon=True).start()
-        while not store.fetches:
-            os.sched_yield()
+        asked.wait()
     """)
     assert "ResourceWarning: unclosed registry" in complaints
     assert "Traceback" not in complaints
