@@ -13,11 +13,10 @@ import threading
 import weakref
 from collections import deque
 from contextlib import suppress
-from contextvars import copy_context
 from functools import partial
-from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+from modelcache.errand import END, Errand, Outcome
 from modelcache.errors import RegistryClosedError
 
 if TYPE_CHECKING:
@@ -27,8 +26,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 logger = logging.getLogger("modelcache")
-
-_END: Any = object()
 
 _CLOSED = "The registry is closed: make a new one."
 _FORKED = (
@@ -50,70 +47,20 @@ def check_no_loop_runs_here() -> None:
     raise RegistryClosedError(_ON_A_LOOP)
 
 
-class Errand(Generic[T]):
-    """A coroutine that the loop runs for another thread, which hears of it by ``items``."""
-
-    def __init__(self, start: Callable[[], Awaitable[T]]) -> None:
-        self.items: SimpleQueue[Any] = SimpleQueue()
-        """What is put here on the way, and the end mark."""
-        self._start = start
-        self._context = copy_context()  # a trace that is under way in the caller's thread goes on in the loop's
-        self._task: asyncio.Task[None] | None = None
-        self._value: T
-        self._error: BaseException | None = None
-
-    def begin(self, ended: Callable[[Errand[Any]], None]) -> None:
-        """Run in the loop: start it, and call ``ended`` when it ends."""
-        self._task = asyncio.get_running_loop().create_task(self._run(), context=self._context)
-        self._task.add_done_callback(lambda _: ended(self))
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether it was, by whoever waited for it or by the end of the loop."""
-        return self._task is not None and self._task.cancelled()
-
-    def cancel(self) -> bool:
-        """Run in the loop: end it, if it has not ended; False if it has not even begun."""
-        if self._task is not None:
-            self._task.cancel()
-        return self._task is not None
-
-    def fail(self, why: str) -> None:
-        """Say that the loop has ended, or will before this."""
-        self._error = RegistryClosedError(why)
-        self.finish()
-
-    def finish(self) -> None:
-        """Wake who waits for it."""
-        self.items.put(_END)
-
-    def result(self) -> T:
-        """Return what it has returned, or raise what it has raised."""
-        error, self._error = self._error, None
-        if error is None:
-            return self._value
-        try:
-            raise error
-        finally:
-            del error  # its traceback refers to this frame
-
-    async def _run(self) -> None:
-        try:
-            self._value = await self._start()
-        except asyncio.CancelledError:
-            raise
-        except BaseException as error:  # noqa: BLE001 - it is for the other thread
-            self._error = error
-
-
 class LoopThread:
-    """Starts with the first errand; ``at_end`` is the last, on another loop if its own has broken down."""
+    """Starts with the first errand; ``at_end`` is the last, on another loop if its own has broken down or never began.
+
+    Ctrl-C may come between any two steps of a thread that calls, and the garbage collector may give up an errand in any
+    thread, also the loop's: to give up waits for nothing. Who calls next finds it given up: steps are taken in turn.
+    """
 
     def __init__(self, at_end: Callable[[], Coroutine[Any, Any, None]]) -> None:
         self._at_end = at_end
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        """Held while the loop starts, so that nothing else depends on whether there is one."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        """Runs the loop, if there is one."""
         self._over = asyncio.Event()
         self._refusal = ""
         """Why calls are refused; empty while they are not."""
@@ -123,12 +70,9 @@ class LoopThread:
         self._called = False
         """The loop has been told that there are steps to take."""
         self._under_way: set[Errand[Any]] = set()
+        self._orphans: set[asyncio.Task[Any]] = set()
+        """Tasks of the process that has forked this one: they would complain of being dropped."""
         _living.add(self)
-
-    @property
-    def ended(self) -> bool:
-        """Whether it has been told to end, or has ended by itself."""
-        return bool(self._refusal)
 
     @property
     def running(self) -> bool:
@@ -138,31 +82,30 @@ class LoopThread:
     def call(self, function: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
         """Await ``function(*args, **kwargs)`` in the loop, and wait for it; an interrupt cancels it."""
         self._check_and_start()
-        return self._do(Errand(partial(function, *args, **kwargs)))
+        return self._do(Errand(lambda _: function(*args, **kwargs)))
 
     def stream(self, function: Callable[[Callable[[T], None]], Awaitable[object]]) -> Generator[T, None, None]:
-        """Await ``function(put)`` in the loop, and yield what it puts meanwhile; whoever stops early cancels it."""
+        """Await ``function(put)`` in the loop, and yield what it puts meanwhile; whoever stops early gives it up."""
         self._check_and_start()
-        errand = Errand(lambda: function(errand.items.put))
-        item: Any = None
+        errand = Errand(function)
         try:
             self._send(errand)
-            while (item := errand.items.get()) is not _END:
-                yield item
-        finally:
-            if item is not _END:
-                self._give_up(errand)
-                while errand.items.get() is not _END:
-                    pass
+            yield from iter(errand.items.get, END)
+        except BaseException:  # such as GeneratorExit
+            self._give_up(errand)
+            raise
         errand.result()
 
     def ask(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call ``function``, which waits for nothing, where nothing changes meanwhile: in the loop, if there is one."""
 
-        async def call() -> T:
+        async def call(_: object) -> T:
             return function(*args, **kwargs)
 
-        if self._loop is not None and not self._dead and self._thread is not threading.current_thread():
+        with self._lock:
+            if self._loop is None:
+                return function(*args, **kwargs)
+        if not self._dead and self._thread is not threading.current_thread():
             try:
                 return self._do(Errand(call))
             except RegistryClosedError:
@@ -170,31 +113,49 @@ class LoopThread:
                     raise
         return function(*args, **kwargs)
 
-    def end(self, why: str = _CLOSED) -> None:
-        """Refuse calls from now on, and have the loop end soon; waits for nothing."""
-        self._refusal = self._refusal or why
+    def end(self) -> None:
+        """Refuse calls from now on, and have the loop end soon; if there is none, do here what it does last."""
+        self._refusal = self._refusal or _CLOSED
+        with self._lock:
+            if self._loop is None and not self._dead:
+                self._dead = True
+                self._run_end()
         self.post(self._over.set)
 
     def join(self, timeout: float | None = None) -> None:
-        """Wait until it has ended."""
-        if self._thread is not None:
+        """Wait until the loop has ended, if there is one."""
+        if self._loop is not None and self._thread is not None:
             self._thread.join(timeout)
 
     def forget_parent(self) -> None:
         """Run in a forked child, which has no thread but its own."""
-        self._lock = threading.Lock()  # a thread of the parent may have held it
+        self._lock = threading.RLock()  # a thread of the parent may have held it
         if self._loop is not None and not self._dead:
             self._refusal = self._refusal or _FORKED
-            self._dead = True
+            self._orphans = asyncio.all_tasks(self._loop)
+            self._die()
 
     # From other threads to the loop
 
     def _check_and_start(self) -> None:
         check_no_loop_runs_here()
         if self._loop is None:
-            self._start()
+            with self._lock:
+                if self._loop is None and not self._refusal:
+                    self._start()
         if self._refusal:
             raise RegistryClosedError(self._refusal)
+
+    def _start(self) -> None:
+        loop = asyncio.new_event_loop()
+        # A daemon: the interpreter's exit must not wait for it.
+        self._thread = threading.Thread(target=self._run, args=(loop,), name="modelcache", daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError:  # too many threads
+            loop.close()
+            raise
+        self._loop = loop  # an interrupt before this leaves no loop: the thread, if there is one by now, sees that
 
     def _do(self, errand: Errand[T]) -> T:
         try:
@@ -210,33 +171,23 @@ class LoopThread:
         self.post(partial(errand.begin, self._ended))
         # 1. This thread adds its errand. 2. The loop ends. Whoever comes second sees what the first has done.
         if self._dead:
-            errand.fail(self._refusal)
+            self._refuse(errand)
 
     def _give_up(self, errand: Errand[Any]) -> None:
-        self._called = False  # the interrupt may have come as the loop was about to be told
         self.post(partial(self._cancel, errand))
 
     def post(self, step: Callable[[], object]) -> None:
         """Have the loop take ``step`` soon; steps that come together wake it once."""
         self._steps.append(step)
-        if not self._called and self._loop is not None:
+        if self._called or self._loop is None or self._dead:
+            return
+        try:
             self._called = True
             with suppress(RuntimeError):  # it has ended
                 self._loop.call_soon_threadsafe(self._take_steps)
-
-    def _start(self) -> None:
-        with self._lock:
-            if self._loop is None:
-                self._loop = loop = asyncio.new_event_loop()
-                # A daemon: the interpreter's exit must not wait for it.
-                self._thread = threading.Thread(target=self._run, args=(loop,), name="modelcache", daemon=True)
-                try:
-                    self._thread.start()
-                except BaseException:
-                    if not self._thread.is_alive():  # else it was an interrupt, and all is well
-                        self._loop = None
-                        loop.close()
-                    raise
+        except BaseException:  # Ctrl-C, maybe before the loop was told: the next step will tell it
+            self._called = False
+            raise
 
     # In the loop's thread
 
@@ -247,25 +198,26 @@ class LoopThread:
 
     def _cancel(self, errand: Errand[Any]) -> None:
         if not errand.cancel():  # nor will it begin: the interrupt came before the loop was told of it
-            self._ended(errand)
+            self._under_way.discard(errand)
 
-    def _ended(self, errand: Errand[Any]) -> None:
-        self._under_way.discard(errand)
-        if errand.cancelled:
-            errand.fail(self._refusal)
-        else:
-            errand.finish()
+    def _ended(self, errand: Errand[Any], task: asyncio.Task[Outcome]) -> None:
+        outcome = (None, asyncio.CancelledError()) if task.cancelled() else task.result()
+        if not (self._refusal and isinstance(outcome[1], asyncio.CancelledError)):  # else _die() tells it
+            self._under_way.discard(errand)
+            errand.finish(outcome)
 
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
+        with self._lock:  # the start is over
+            if self._loop is not loop:
+                loop.close()
+                return
         try:
             with asyncio.Runner(loop_factory=lambda: loop) as runner:
                 broken = not self._serves(runner)
             if broken:
-                asyncio.run(self._at_end())
+                self._run_end()
         finally:
-            self._dead = True
-            for errand in tuple(self._under_way):
-                errand.fail(self._refusal)
+            self._die()
 
     def _serves(self, runner: asyncio.Runner) -> bool:
         try:
@@ -277,8 +229,24 @@ class LoopThread:
         return True
 
     async def _serve(self) -> None:
+        self._take_steps()  # which came while it started
         await self._over.wait()
+        for errand in tuple(self._under_way):  # whoever drains the registry need not wait for them any more
+            errand.cancel()
         await self._at_end()
+
+    def _run_end(self) -> None:
+        with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:  # which leaves the thread's own loop alone
+            runner.run(self._at_end())
+
+    def _die(self) -> None:
+        self._dead = True
+        for errand in tuple(self._under_way):
+            self._refuse(errand)
+
+    def _refuse(self, errand: Errand[Any]) -> None:
+        self._under_way.discard(errand)
+        errand.finish((None, RegistryClosedError(self._refusal)))
 
 
 _living: weakref.WeakSet[LoopThread] = weakref.WeakSet()

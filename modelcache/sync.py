@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import threading
 import warnings
 import weakref
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
 import modelcache
+from modelcache.errors import RegistryClosedError
 from modelcache.loop_thread import LoopThread, check_no_loop_runs_here
 
 if TYPE_CHECKING:
@@ -110,7 +110,6 @@ class ModelRegistry:
     def __init__(self, *args: Any, **options: Any) -> None:
         self._registry = modelcache.ModelRegistry(*args, **options)
         self._thread = LoopThread(at_end=partial(self._registry.close, drain=0))
-        self._closing = threading.Lock()
         _living.add(self)
 
     # From start to close
@@ -123,20 +122,16 @@ class ModelRegistry:
     def close(self, *, drain: float = 30.0) -> None:
         """Refuse new calls, let those in flight finish for ``drain`` seconds, and free everything.
 
-        Callers that wait for a load get RegistryClosedError. Harmless when done twice.
+        Callers that wait for a load get RegistryClosedError. Ctrl-C ends the draining. Harmless when done twice.
         """
         check_no_loop_runs_here()
-        if not self._thread.ended:
-            with self._closing:
-                self._close(drain)
+        try:
+            if self._thread.running:
+                with suppress(RegistryClosedError):  # somebody else has closed it meanwhile
+                    self._thread.call(self._registry.close, drain=drain)
+        finally:
+            self._thread.end()
         self._thread.join()
-
-    def _close(self, drain: float) -> None:
-        if not self._thread.ended:  # by somebody else meanwhile
-            try:
-                self._thread.call(self._registry.close, drain=drain)
-            finally:
-                self._thread.end()
 
     def __enter__(self) -> Self:
         try:
@@ -251,7 +246,8 @@ class ModelRegistry:
         """Call ``callback`` with each event as it happens; call what is returned to stop that.
 
         It is called in the thread of the registry, which does nothing else meanwhile: it must not wait for anything,
-        nor call a method that does. To act on events, have it put them into a ``queue.SimpleQueue``.
+        nor call a method that does; each method of another registry of this module does, even :meth:`stats`. To act on
+        events, have it put them into a ``queue.SimpleQueue``.
         """
         leave = self._thread.ask(self._registry.subscribe, callback)
         return partial(self._thread.ask, leave)
@@ -266,8 +262,8 @@ _living: weakref.WeakSet[ModelRegistry] = weakref.WeakSet()
 @atexit.register
 def _at_exit() -> None:
     """End what nobody has closed, while the modules that this takes are whole."""
-    left = [registry for registry in tuple(_living) if registry._thread.running]  # noqa: SLF001 - the same module
+    left = tuple(_living)
     for registry in left:
-        registry._give_up()  # noqa: SLF001
-    for registry in left:
+        registry._give_up()  # noqa: SLF001 - the same module
+    for registry in left:  # also those of which close() was interrupted
         registry._thread.join(_EXIT_PATIENCE)  # noqa: SLF001

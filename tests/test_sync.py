@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
 import signal
 import socket
 import subprocess
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from contextvars import ContextVar
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,8 +34,10 @@ from modelcache import (
     ModelNotFoundError,
     PreloadProgress,
     RegistryClosedError,
+    errand,
+    loop_thread,
 )
-from modelcache.loop_thread import LoopThread
+from modelcache.errand import END, Errand
 from modelcache.sync import Lease, ModelRegistry
 from modelcache.testing import GatedStore
 
@@ -53,6 +58,19 @@ def close_and_check(registry: ModelRegistry) -> None:
     oracle.check_gone(inner)
     assert not registry._thread._under_way
     assert registry._thread._thread is None or not registry._thread._thread.is_alive()
+
+
+def check_nothing_is_under_way(registry: ModelRegistry) -> None:
+    """What has been given up ends, and nobody else waits for anything."""
+
+    async def rest() -> None:
+        tasks = {errand._task for errand in registry._thread._under_way if errand._task is not None}
+        others = tasks - {asyncio.current_task()}
+        if others:
+            await asyncio.wait(others)
+
+    registry._thread.call(rest)
+    assert not registry._thread._under_way
 
 
 @pytest.fixture
@@ -196,11 +214,61 @@ def test_errors_are_those_of_the_asynchronous_registry(
     assert any("answering" in str(entry.path) for entry in raised.traceback)
 
 
+def test_a_cancelled_error_of_the_store_comes_through(make: Callable[..., ModelRegistry]) -> None:
+    """As from the asynchronous registry: nobody has closed this one."""
+
+    class Cancelled(MemoryStore):
+        async def names(self, prefix: str = "") -> AsyncIterator[str]:
+            yield f"{prefix}m"
+            raise asyncio.CancelledError
+
+    names = make(Cancelled()).names()
+    assert next(names) == "m"
+    with pytest.raises(asyncio.CancelledError):
+        next(names)
+
+
+@pytest.mark.parametrize("way", ["names", "half of the names", "acquire", "preload", "an error"])
+def test_what_a_call_leaves_is_freed_at_once(
+    registry: ModelRegistry, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """Without the garbage collector, which would pause the process now and then."""
+    errands: list[weakref.ref[Errand[Any]]] = []
+
+    class Noted(Errand[Any]):
+        def __init__(self, start: Any) -> None:
+            super().__init__(start)
+            errands.append(weakref.ref(self))
+
+    monkeypatch.setattr(loop_thread, "Errand", Noted)
+    gc.disable()
+    try:
+        if way == "acquire":
+            with registry.acquire("city_0"):
+                pass
+        elif way == "preload":
+            registry.preload(["city_0", "city_1"])
+        elif way == "an error":
+            with pytest.raises(ModelNotFoundError):
+                registry.predict("nowhere", ROWS)
+        else:
+            names = registry.names()
+            next(names)
+            if way == "names":
+                list(names)
+            del names
+        monkeypatch.undo()
+        registry.stats()  # by now the loop is done with it
+        assert [ref() for ref in errands] == [None]
+    finally:
+        gc.enable()
+
+
 def test_a_block_that_fails_lets_go_of_its_model(registry: ModelRegistry) -> None:
     """The error is the block's own, and the lease has ended."""
     with pytest.raises(ZeroDivisionError), registry.acquire("city_1") as lease:
         1 / 0  # noqa: B018
-    assert not lease._lease.held
+    assert not registry._thread.ask(lambda: lease._lease.held)
     with pytest.raises(ModelNotFoundError), registry.acquire_many(["city_1", "nowhere"]):
         pass
     with pytest.raises(TypeError, match="several names"), registry.acquire_many("city_1"):
@@ -304,14 +372,17 @@ def test_progress_that_fails_ends_the_preload(registry: ModelRegistry) -> None:
 
     with pytest.raises(ZeroDivisionError):
         registry.preload(registry.names(), on_progress=fail)
-    assert not registry._thread._under_way
+    check_nothing_is_under_way(registry)
 
 
 class Endless(MemoryStore):
     """Lists names for ever."""
 
     listed = 0
-    let_go = False
+
+    def __init__(self, artifacts: dict[str, bytes] | None = None) -> None:
+        super().__init__(artifacts)
+        self.let_go = threading.Event()
 
     async def names(self, prefix: str = "") -> AsyncIterator[str]:
         try:
@@ -319,7 +390,7 @@ class Endless(MemoryStore):
                 self.listed += 1
                 yield f"{prefix}{self.listed}"
         finally:
-            self.let_go = True
+            self.let_go.set()
 
 
 def test_names_are_read_as_they_are_wanted(make: Callable[..., ModelRegistry]) -> None:
@@ -330,8 +401,19 @@ def test_names_are_read_as_they_are_wanted(make: Callable[..., ModelRegistry]) -
     assert [next(names) for _ in range(1500)] == [f"m{number}" for number in range(1, 1501)]
     assert 1500 <= store.listed <= 2501
     del names
-    registry.start()
-    assert store.let_go
+    assert store.let_go.wait(PATIENCE)
+
+
+def test_names_may_be_dropped_in_the_registrys_own_thread(make: Callable[..., ModelRegistry]) -> None:
+    """By a subscriber, or by the garbage collector, which runs in any thread: that thread must not wait for itself."""
+    store = Endless({"m.ubj": zoo.model().ubj})
+    registry = make(store)
+    half_read = [registry.names()]
+    next(half_read[0])
+    registry.subscribe(lambda _: half_read.clear())
+    registry.load("m")
+    assert not half_read
+    assert store.let_go.wait(PATIENCE)
 
 
 def test_events_are_told_in_the_thread_of_the_registry(make: Callable[..., ModelRegistry]) -> None:
@@ -394,9 +476,9 @@ def test_ctrl_c_cancels_the_call(make: Callable[..., ModelRegistry], way: str) -
     }
     with pytest.raises(KeyboardInterrupt):
         calls[way]()
-    registry.predict("m", ROWS)  # by now the loop knows
+    check_nothing_is_under_way(registry)
     assert registry._thread.ask(waiters, registry) == 0
-    assert not registry._thread._under_way
+    registry.predict("m", ROWS)
 
 
 @pytest.mark.parametrize("way", ["predict", "acquire"])
@@ -404,34 +486,107 @@ def test_an_interrupt_before_the_loop_hears_of_the_call(
     registry: ModelRegistry, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     """It leaves nothing behind, and the loop is woken for the next one."""
-    post = LoopThread.post
 
-    def interrupted(thread: LoopThread, step: Callable[[], object]) -> None:
-        monkeypatch.setattr(LoopThread, "post", post)
-        thread._called = True
+    def interrupted(_: object) -> None:
+        monkeypatch.undo()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(LoopThread, "post", interrupted)
+    monkeypatch.setattr(registry._thread._loop, "call_soon_threadsafe", interrupted)
     with pytest.raises(KeyboardInterrupt):
         registry.predict("city_0", ROWS) if way == "predict" else registry.acquire("city_0").__enter__()
     assert np.array_equal(registry.predict("city_0", ROWS), ANSWER)
-    assert not registry._thread._under_way
+    check_nothing_is_under_way(registry)
+
+
+@pytest.mark.parametrize("way", ["names", "acquire", "preload", "predict"])
+def test_an_interrupt_as_the_last_item_is_read(
+    make: Callable[..., ModelRegistry], monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """Whoever has taken the end mark from the queue, and does not know it yet, waits for no other."""
+    registry = make(MemoryStore({"m.ubj": zoo.model().ubj}))
+    registry.load("m")
+
+    class Interrupted(SimpleQueue[Any]):
+        def get(self, *args: Any, **options: Any) -> Any:
+            item = super().get(*args, **options)
+            if item is END or way == "acquire":
+                monkeypatch.undo()
+                raise KeyboardInterrupt
+            return item
+
+    calls: dict[str, Callable[[], Any]] = {
+        "names": lambda: list(registry.names()),
+        "acquire": lambda: registry.acquire("m").__enter__(),
+        "preload": lambda: registry.preload(["m"]),
+        "predict": lambda: registry.predict("m", ROWS),
+    }
+    monkeypatch.setattr(errand, "SimpleQueue", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        calls[way]()
+    assert registry._thread.ask(lambda: registry._registry._state.ledger.leases) == 0
+    check_nothing_is_under_way(registry)
+
+
+def test_an_interrupt_as_the_thread_starts(make: Callable[..., ModelRegistry], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody knows of that thread, which ends; the next call starts another."""
+    registry = make(MemoryStore({"m.ubj": zoo.model().ubj}))
+    start = threading.Thread.start
+    started: list[threading.Thread] = []
+
+    def start_and_interrupt(thread: threading.Thread) -> None:
+        monkeypatch.undo()
+        start(thread)
+        started.append(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", start_and_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        registry.start()
+    assert np.array_equal(registry.predict("m", ROWS), ANSWER)
+    started[0].join()
+    assert registry._thread._thread is not started[0]
+
+
+def no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no thread start, as at a limit, or once the interpreter shuts down."""
+
+    def fail(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
 
 
 def test_a_thread_that_cannot_start_is_tried_again(
     make: Callable[..., ModelRegistry], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Too many threads at one moment is no reason to refuse calls for ever."""
+    """Too many threads at one moment is no reason to refuse calls for ever; whoever asks then is answered."""
     registry = make(MemoryStore({"m.ubj": zoo.model().ubj}))
 
-    def fail(_: threading.Thread) -> None:
+    def ask_and_fail(_: threading.Thread) -> None:
+        assert registry.loaded() == []
         raise RuntimeError("can't start new thread")
 
     with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", fail)
+        patch.setattr(threading.Thread, "start", ask_and_fail)
         with pytest.raises(RuntimeError, match="can't start new thread"):
             registry.start()
     assert np.array_equal(registry.predict("m", ROWS), ANSWER)
+
+
+def test_a_block_that_cannot_start_its_thread_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is not started by a later call, which nobody would end."""
+    store = GatedStore()
+    registry = ModelRegistry(store)
+    before = loops()
+    with monkeypatch.context() as patch:
+        no_thread(patch)
+        with pytest.raises(RuntimeError, match="can't start new thread"), registry:
+            pass
+    assert store.closed
+    with pytest.raises(RegistryClosedError, match="closed"):
+        registry.predict("m", ROWS)
+    registry.close()
+    assert loops() == before
 
 
 def test_a_timeout_is_the_loops(make: Callable[..., ModelRegistry]) -> None:
@@ -464,10 +619,29 @@ def test_close_answers_everybody(make: Callable[..., ModelRegistry]) -> None:
     assert "0 ready" in repr(registry)
 
 
-def test_one_that_never_started_closes_its_store() -> None:
-    """And cannot be started after that."""
+def test_ctrl_c_ends_the_draining(make: Callable[..., ModelRegistry]) -> None:
+    """What it waited for is waited for no more, and the next close() waits only for the end."""
+    registry = make(MemoryStore({"m.ubj": zoo.model().ubj}))
+    leasing = registry._registry._leasing
+    drained = leasing.drained
+
+    async def interrupt_and_drain(seconds: float) -> None:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        await drained(seconds)
+
+    leasing.drained = interrupt_and_drain  # type: ignore[method-assign]
+    with registry.acquire("m"):
+        with pytest.raises(KeyboardInterrupt):
+            registry.close(drain=3600)
+        registry.close(drain=3600)
+    assert registry.loaded() == []
+
+
+def test_one_that_never_started_closes_its_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a thread, which nobody gets while the interpreter shuts down; and cannot be started after that."""
     store = GatedStore()
     registry = ModelRegistry(store)
+    no_thread(monkeypatch)
     registry.close()
     assert store.closed
     with pytest.raises(RegistryClosedError, match="closed"):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 PREAMBLE = """
     import json, os, sys, threading, warnings
+    from contextlib import ExitStack
     from modelcache import RegistryClosedError
     from modelcache.sync import ModelRegistry
 
@@ -165,4 +166,30 @@ def test_a_fork_in_the_middle_of_calls_blocks_nobody(run: Any) -> None:
     """)
     assert len(told) == 10
     assert all("before the process forked" in each for each in told)
+    assert complaints == ""
+
+
+def test_a_fork_inside_a_block(run: Any) -> None:
+    """The child can leave it, and gets its error where it would wait for the parent's thread."""
+    told, complaints = run("""
+        from modelcache import MemoryStore
+
+        def serve():
+            with block:
+                tell(attempt(lease.predict, ROW))
+            tell(attempt(list, names))
+
+        store = MemoryStore({f"m{number}.ubj": b"" for number in range(3000)})
+        with registry, ModelRegistry(store, workers=1) as many:
+            names = many.names()
+            next(names)
+            block = ExitStack()
+            lease = block.enter_context(registry.acquire("m"))
+            in_child(serve)
+            tell(len(list(names)))
+            with block:
+                tell(lease.predict(ROW).shape)
+    """)
+    assert ["before the process forked" in each for each in told[:2]] == [True, True]
+    assert told[2:] == [2999, [1]]
     assert complaints == ""
