@@ -77,7 +77,7 @@ class Plan:
 
 
 FULL = Plan(rounds=9, seconds=1.0, warm_up=0.2, names=40_000)
-QUICK = Plan(rounds=1, seconds=0.1, warm_up=0.05, names=500)
+QUICK = Plan(rounds=1, seconds=0.1, warm_up=0.02, names=500)
 
 CLAIMS = (
     Claim("In a storm of cold loads from a remote store, 8 in flight, the warm p99 is at most 3 times the quiet p99",

@@ -71,7 +71,7 @@ class Plan:
 
 
 FULL = Plan(rounds=7, seconds=0.4, warm_up=0.1, first_calls=50, memory_alone=True)
-QUICK = Plan(rounds=1, seconds=0.03, warm_up=0.02, first_calls=10, memory_alone=False)
+QUICK = Plan(rounds=1, seconds=0.02, warm_up=0.01, first_calls=10, memory_alone=False)
 
 
 def main() -> None:
@@ -108,7 +108,7 @@ def measure(folder: Path, plan: Plan, keys: list[str]) -> dict[str, Any]:
         "settings": asdict(plan)
         | {"models": len(NAMES), "trees": TREES, "depth": DEPTH, "nthread": 1, "environment": ENVIRONMENT},
     }
-    make_fleet(folder)
+    make_fleet(folder, kinds=(ONE, THOUSAND))
     alone = {key: _memory_alone(key, folder, plan) for key in keys if plan.memory_alone}
     with ExitStack() as stack:
         contenders = [stack.enter_context(Contender(key, folder)) for key in keys]

@@ -74,7 +74,7 @@ class Plan:
 
 
 FULL = Plan(rounds=5, seconds=0.3, warm_up=0.1, counts=(10, 100, 1000, 10_000))
-QUICK = Plan(rounds=1, seconds=0.03, warm_up=0.01, counts=(10, 100))
+QUICK = Plan(rounds=1, seconds=0.02, warm_up=0.005, counts=(10, 100))
 
 CLAIMS = (
     Claim("With 10,000 models resident the p50 of calls of the same ten is at most 1.2 times that with 10",

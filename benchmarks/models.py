@@ -62,9 +62,7 @@ def as_lists(rows: Matrix) -> list[list[float]]:
     ]
 
 
-def make_fleet(
-    folder: Path, *, trees: int = TREES, depth: int = DEPTH, kinds: tuple[str, ...] = (ONE, THOUSAND)
-) -> None:
+def make_fleet(folder: Path, *, trees: int = TREES, depth: int = DEPTH, kinds: tuple[str, ...] = (ONE,)) -> None:
     """Train the models, write each as NAME.tar.gz, and questions.npz: rows with XGBoost's own answers."""
     run_apart(__file__, folder, trees, depth, *kinds)
 

@@ -54,7 +54,7 @@ class Plan:
 
 
 FULL = Plan(rounds=9, seconds=0.5, warm_up=0.2)
-QUICK = Plan(rounds=1, seconds=0.05, warm_up=0.05)
+QUICK = Plan(rounds=1, seconds=0.03, warm_up=0.02)
 
 CLAIMS = tuple(
     claim

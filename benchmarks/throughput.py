@@ -61,7 +61,7 @@ class Plan:
 
 
 FULL = Plan(rounds=5, seconds=0.4, open_seconds=1.0, warm_up=0.1, heavy_trees=500, refusals=2000)
-QUICK = Plan(rounds=1, seconds=0.04, open_seconds=0.1, warm_up=0.02, heavy_trees=TREES, refusals=200)
+QUICK = Plan(rounds=1, seconds=0.03, open_seconds=0.05, warm_up=0.01, heavy_trees=TREES, refusals=200)
 
 
 def main() -> None:

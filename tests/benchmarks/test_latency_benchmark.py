@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that one quick run has filled."""
-    return run_quickly("latency.py", tmp_path_factory.mktemp("results"))
+    rivals = ("modelcache", "to_thread", "to_thread-dmatrix", "async_lru", "process-pool", "direct", "echo")
+    return run_quickly("latency.py", tmp_path_factory.mktemp("results"), "--rivals", *rivals)  # batch.py has the other
 
 
 @pytest.fixture(scope="module")
