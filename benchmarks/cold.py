@@ -97,7 +97,7 @@ class Plan:
 
 
 FULL = Plan(rounds=7, calls=50, apart=0.02, many=500, json_trees=500, overwrites=100, stretches=10, pause=0.1)
-QUICK = Plan(rounds=1, calls=10, apart=0.001, many=40, json_trees=25, overwrites=4, stretches=2, pause=0.02)
+QUICK = Plan(rounds=1, calls=10, apart=0.001, many=32, json_trees=25, overwrites=2, stretches=2, pause=0.02)
 
 CLAIMS = (
     Claim("A first call from S3, 25 trees, takes at most 1.5 times get_object, load_model and predict",
