@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from functools import partial
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,6 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from modelcache.serving.refusals import RefusedError
 
 if TYPE_CHECKING:
-    from uvicorn._types import ASGI3Application
     from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
     from modelcache.serving.config import ServerConfig
@@ -39,6 +37,7 @@ class Connection(HttpToolsProtocol):
 
     def __init__(self, config: ServerConfig, *arguments: Any, **options: Any) -> None:
         super().__init__(config, *arguments, **options)
+        self.app = self._answer
         self._limits = config.limits
         self._drain = config.drain
         self._since = self.loop.time()
@@ -60,7 +59,7 @@ class Connection(HttpToolsProtocol):
         self._answered: RequestResponseCycle = None  # type: ignore[assignment]
         """The request that is being answered, or was last; ``cycle`` is the last that has come."""
         self._answering: asyncio.Task[None] | None = None
-        """What answers it, once that has begun."""
+        """What answers it, from its first step to the end of the answer."""
         self._ended = False
         """The client has ended its side: it has gone, or waits for its answers alone."""
         self._last: RequestResponseCycle | None = None
@@ -78,7 +77,8 @@ class Connection(HttpToolsProtocol):
         except httptools.HttpParserError as error:
             self._refuse_nonsense(error)
         else:
-            if self._partial and self._size > self._limits.header_bytes:
+            limits = self._limits
+            if self._partial and (self._size > limits.header_bytes or len(self.headers) > limits.headers):
                 self._refuse(self._too_many_headers())
 
     def _parse(self, data: bytes) -> None:
@@ -107,11 +107,6 @@ class Connection(HttpToolsProtocol):
         self._since = self.loop.time()
         self._partial = self._heading = True
 
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header. What comes behind a body is none: it was not there when the request was let in."""
-        if self._heading:
-            super().on_header(name, value)
-
     def on_headers_complete(self) -> None:
         """All headers of a request are here; it is begun, unless there are too many of them."""
         if len(self.headers) > self._limits.headers or (
@@ -127,9 +122,11 @@ class Connection(HttpToolsProtocol):
         self._heading = False
         if self._upgrading:
             return
-        before = self.cycle
         super().on_headers_complete()
-        if self._drain.begun and self.cycle is not before:
+        self.headers = []  # trailers go here: they are none of those by which the request was let in
+        if not self.pipeline:
+            self._answered = self.cycle
+        if self._drain.begun:
             self._make_last()
 
     def on_body(self, body: bytes) -> None:
@@ -144,33 +141,36 @@ class Connection(HttpToolsProtocol):
         super().on_message_complete()
         self._partial = False
         self._size = 0
-        if not self.pipeline:
+        if self.flow.read_paused and not self.pipeline:
             self.flow.resume_reading()  # the end of the client would not be seen
 
     # What it is answered
 
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
-        self._answered, self._answering = cycle, None
-        super()._start_asgi_task(cycle, partial(self._answer, cycle, app))
-
-    async def _answer(
-        self, cycle: RequestResponseCycle, app: ASGI3Application, scope: Any, receive: Any, send: Any
-    ) -> None:
+    async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
         """Let the app answer a request as long as its client is there."""
+        cycle, self._answering = self._answered, asyncio.current_task()
         if cycle.disconnected:
             return
-        self._answering = asyncio.current_task()
         try:
-            await app(scope, receive, send)
+            await self.config.loaded_app(scope, receive, send)
         except asyncio.CancelledError:
             if not cycle.disconnected:
                 raise
 
     def on_response_complete(self) -> None:
-        """An answer is on its way; the client may take its time for the next request."""
-        super().on_response_complete()
+        """Go on with the next request, as uvicorn does, but without a timer: ``check`` ends idle connections."""
+        self.server_state.total_requests += 1
+        self._answering = None
         if not self._partial:
             self._since = self.loop.time()
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._answered, app = self.pipeline.pop()
+            task = self.loop.create_task(self._answered.run_asgi(app))
+            task.add_done_callback(self.tasks.discard)
+            self.tasks.add(task)
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Go on if there is something to answer: some clients end their side, and read on.
@@ -188,9 +188,8 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection has ended, perhaps the last one; nobody waits for an answer any longer."""
         super().connection_lost(exc)
-        cycle = self._answered
-        if cycle is not None and not cycle.response_complete:
-            cycle.disconnected = True
+        if not self._idle:
+            self._answered.disconnected = True
             if self._answering is not None:
                 self._answering.cancel()
         if self._drain.begun and not self.connections:
@@ -225,9 +224,6 @@ class Connection(HttpToolsProtocol):
             self._unread, self._read_at = unread, now
         return now - self._read_at
 
-    def timeout_keep_alive_handler(self) -> None:
-        """Leave it to ``check``, which sees whether the client is still reading."""
-
     def _refuse_nonsense(self, error: httptools.HttpParserError) -> None:
         if isinstance(error.__context__, RefusedError):
             self._refuse(error.__context__)
@@ -250,6 +246,8 @@ class Connection(HttpToolsProtocol):
         if self._over:
             return
         self._over = True
+        if self.headers:
+            self.headers.clear()  # one read may have brought 60,000 of them
         if self.pipeline and self.cycle.more_body:
             self.pipeline.popleft()  # it has not begun
             self.cycle = self.pipeline[0][0] if self.pipeline else self._answered
