@@ -19,7 +19,8 @@ class Limits:
     request_seconds: float = 30.0
     """From the first byte of a request to its last."""
     idle_seconds: float = 75.0
-    """From one request to the next; more than the 60 s after which load balancers close their side."""
+    """From one request to the next, or without reading any of an answer that waits; more than the 60 s after which load
+    balancers close their side."""
 
 
 @dataclass

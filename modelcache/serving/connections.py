@@ -1,7 +1,8 @@
 """One client's connection: uvicorn's, with limits on what a client may send and how slowly, and a good end.
 
-uvicorn's parser takes headers of any number and size, and waits for ever for the rest of a request. When it is told to
-end, it closes connections that wait for their next request without looking whether that has come already.
+uvicorn's parser takes headers of any number and size, and waits for ever for the rest of a request, or for a client to
+read. It goes on with a request whose client has gone. When it is told to end, it closes connections that wait for their
+next request without looking whether that has come already.
 """
 
 from __future__ import annotations
