@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from modelcache.errors import ModelCacheError
 
 _LONGEST = 30.0
-_REMEMBERED = 10_000
+_REMEMBERED = 1000
+"""Each with its traceback, and all that the load had in its hands: 15 KB."""
 _JITTER = 0.25
 _MOST_DOUBLINGS = 32
 """By then the longest time is long reached; a float would overflow at some thousand."""
