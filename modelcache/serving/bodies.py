@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import zlib
 from typing import TYPE_CHECKING
-
-import anyio.to_thread
 
 from modelcache.serving.errors import PayloadTooLargeError, RequestError, UnsupportedMediaTypeError
 
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
 
 _GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
 _MOST_OF_A_COMMAND = 1 << 14
-"""Bytes: two names of a thousand characters, each of a dozen bytes as JSON may write it, are not quite as many."""
+"""Bytes: two names of a thousand characters, each of half a dozen bytes as JSON may write it, and a little more."""
 _CODINGS = frozenset({"gzip", "x-gzip", "deflate"})
 _PIECE = 4 << 10
 """Bytes that are expanded at a time; those of the largest body that is expanded on the event loop."""
@@ -41,7 +40,8 @@ async def read_body(request: Request, limit: int) -> bytes:
         return bytes(body)
     if len(body) <= _PIECE:
         return _decompress(body, coding, limit)
-    return await anyio.to_thread.run_sync(_decompress, body, coding, limit, abandon_on_cancel=True)
+    # Not by anyio, whose limit of threads does not count those that are abandoned.
+    return await asyncio.to_thread(_decompress, body, coding, limit)
 
 
 async def read_command(request: Request, limit: int) -> bytes:

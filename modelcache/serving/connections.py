@@ -120,10 +120,11 @@ class Connection(HttpToolsProtocol):
         self._upgrading = self.parser.get_method() if self.parser.should_upgrade() else b""
         if self._upgrading == b"CONNECT":
             raise RefusedError(400, "This is no proxy.")
-        self._heading = False
         if self._upgrading:
+            self._heading = False
             return
-        super().on_headers_complete()
+        super().on_headers_complete()  # which may find that the URL is none
+        self._heading = False
         self.headers = []  # trailers go here: they are none of those by which the request was let in
         if not self.pipeline:
             self._answered = self.cycle
@@ -178,7 +179,7 @@ class Connection(HttpToolsProtocol):
 
         Those that have gone end theirs, too, but then reset the connection when they are sent something.
         """
-        if self._idle or self._partial:
+        if self._idle or self.cycle.more_body:
             return False
         self._ended = True
         self.cycle.keep_alive = False

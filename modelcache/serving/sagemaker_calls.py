@@ -7,7 +7,6 @@ from time import monotonic
 from typing import TYPE_CHECKING, NamedTuple
 
 import orjson
-from anyio import to_thread
 from starlette.responses import Response
 
 from modelcache.errors import LoadTimeoutError, ModelCacheError
@@ -141,7 +140,7 @@ class Calls:
         if len(body) < _LARGE:
             rows = decoder.decode(body, width)
         else:
-            rows = await to_thread.run_sync(decoder.decode, body, width)
+            rows = await asyncio.to_thread(decoder.decode, body, width)
         count = len(rows)
         check_rows(count, self._max_rows)
         if count > FEW_ROWS:
@@ -171,7 +170,7 @@ async def _written(predictions: NDArray[np.float32], encoder: Encoder) -> Respon
     if predictions.nbytes < _LARGE:
         body = encoder.encode(predictions)
     else:
-        body = await to_thread.run_sync(encoder.encode, predictions)
+        body = await asyncio.to_thread(encoder.encode, predictions)
     response = Response(body)
     # Not by media_type: Starlette would add a charset to what begins with text/.
     response.raw_headers.append((b"content-type", encoder.media_type.encode("latin-1")))

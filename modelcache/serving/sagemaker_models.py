@@ -73,8 +73,11 @@ class Models:
         Raises AlreadyLoadedError, TooManyNamesError, RequestError for a url outside the store and for a name that is
         too long or another artifact's, AccessDeniedError, and what a load raises.
         """
-        _check_given(name)
         given = Given(self._artifact_at(url), url)
+        if name == url == given.artifact:
+            await self._load_own(name)
+            return
+        _check_given(name)
         for used in (name, given.artifact):
             if not allowed(self._registry, used):
                 raise AccessDeniedError(used)
@@ -94,6 +97,12 @@ class Models:
             raise
         finally:
             self._loading.discard(name)
+
+    async def _load_own(self, name: str) -> None:
+        """Load an artifact under its own name, which is not given: it takes no room among those that are."""
+        if self._given.get(name) is not None or self._registry.peek(name) is not None:
+            raise AlreadyLoadedError(f"{name} is loaded already: DELETE it first to load another artifact.")
+        await self._registry.load(name)
 
     async def _check_no_other_s(self, name: str, artifact: str) -> None:
         """Raise RequestError if ``name`` is the own name of another artifact."""

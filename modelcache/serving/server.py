@@ -122,7 +122,11 @@ class Server(uvicorn.Server):
         while True:
             await asyncio.sleep(min(1.0, limits.request_seconds / 4))
             for connection in self._connections():
-                connection.check(loop.time())
+                try:
+                    connection.check(loop.time())
+                except Exception:
+                    logger.exception("a connection could not be checked: it is ended")
+                    connection.transport.abort()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more clients, and answer those there are."""

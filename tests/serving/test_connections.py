@@ -295,6 +295,32 @@ async def test_pipelined_requests_are_answered_in_order(app: App) -> None:
         assert [(await client.answer())[2] for _ in range(50)] == [b"%d" % number for number in range(50)]
 
 
+async def test_an_address_that_is_none_is_refused(app: App, caplog: pytest.LogCaptureFixture) -> None:
+    """As the first request of a connection and as a later one; our log has no traceback of it."""
+    nowhere = b"GET http://h:99999999/ HTTP/1.1\r\nHost: h\r\n\r\n"
+    async with running(app.asgi) as server:
+        first, later = await server.connect(), await server.connect()
+        await first.send(nowhere)
+        assert (await first.answer())[0] == 400
+        await later.send(GET % 1)
+        assert (await later.answer())[0] == 200
+        await later.send(nowhere)
+        assert (await later.answer())[0] == 400
+    assert not caplog.records
+
+
+async def test_half_a_request_behind_another_and_the_end_of_the_client(app: App) -> None:
+    """The one that is whole is answered."""
+    async with running(app.asgi) as server:
+        client = await server.connect()
+        await client.send(HELD + b"GET / HT")
+        await app.held.wait()
+        await client.end()
+        assert (await client.head())[0] == 100, "it has been seen"
+        app.gate.set()
+        assert (await client.answer())[2] == b"held"
+
+
 async def test_nonsense_behind_a_request_does_not_harm_it(app: App) -> None:
     """What came before is answered as ever; an error in its place would be taken for its answer."""
     async with running(app.asgi) as server:

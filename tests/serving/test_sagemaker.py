@@ -555,6 +555,8 @@ async def test_a_model_without_room_is_a_507(make_registry: MakeRegistry, monkey
         monkeypatch.setattr(sagemaker_models, "_MOST_NAMES", 0)
         response = await client.post("/models", json=load)
         assert (response.status_code, response.json()["type"]) == (507, "TooManyNamesError")
+        own = {"model_name": "Houston_TX", "url": "Houston_TX"}  # which takes none of the names
+        assert (await client.post("/models", json=own)).json()["type"] == "ModelTooLargeError"
 
 
 @pytest.fixture
