@@ -1,7 +1,7 @@
 """Deadlines of calls: one timer for all that wait on a lane.
 
-Nearly all calls are answered long before their deadline. A timer for each takes the loop 1.5 us to set and to cancel,
-uvloop 10, and asyncio keeps cancelled ones until their time has come.
+Nearly all calls are answered long before their deadline. To set and cancel a timer for each takes 1 us, to note and
+forget a deadline 0.1; and asyncio keeps cancelled timers until their time has come.
 """
 
 from __future__ import annotations
