@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-import signal
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import pytest
 import oracle
 import zoo
 from conftest import settle
+from halting import go_on, halt
 from modelcache import (
     BudgetTimeoutError,
     LRUPolicy,
@@ -101,7 +101,7 @@ async def test_an_eviction_is_counted_once_though_its_worker_ends(make_registry:
     events: list[Event] = []
     registry.subscribe(events.append)
     worker = psutil.Process(registry._pool.workers[0].pid)
-    worker.suspend()
+    halt(worker.pid)
     unloading = asyncio.create_task(registry.unload("m0"))
     await settle()
     assert registry.stats().bytes_unloading > 0
@@ -119,14 +119,14 @@ async def test_bytes_are_free_only_when_the_worker_says_so(make_registry: MakeRe
     await registry.load("m0")
     size = registry.stats().bytes_resident
     worker = psutil.Process(registry._pool.workers[0].pid)
-    worker.send_signal(signal.SIGSTOP)
+    halt(worker.pid)
     call = asyncio.create_task(registry.predict("m1", ROWS))
     while not registry.stats().bytes_unloading:
         await asyncio.sleep(0)
     await settle()
     stats = registry.stats()
     assert (stats.bytes_resident, stats.bytes_reserved, stats.bytes_unloading) == (0, 0, size)
-    worker.send_signal(signal.SIGCONT)
+    go_on(worker.pid)
     assert np.array_equal(await call, FLEET["m1"].expected(ROWS))
 
 
@@ -380,7 +380,7 @@ class Outgrowing:
         assert its_worker != other_worker
         registry._state.history._past.clear()
         registry._state.sizes.bounds = lambda unpacked, suffix: Bounds(0, unpacked // 2)  # type: ignore[method-assign]
-        psutil.Process(its_worker).suspend()
+        halt(its_worker)
         call = asyncio.create_task(registry.predict(late, ROWS))
         while not registry.stats().bytes_unloading:  # it has loaded, and takes more than was reserved
             await asyncio.sleep(0)
@@ -394,7 +394,7 @@ async def test_nothing_lands_in_a_worker_that_has_ended(make_registry: MakeRegis
     psutil.Process(load.worker.pid).kill()
     while not registry.stats().worker_restarts:
         await asyncio.sleep(0)
-    load.stopped.resume()
+    go_on(load.stopped.pid)
     async with asyncio.timeout(20):
         assert np.array_equal(await load.call, FLEET[load.name].expected(ROWS))
 
@@ -410,7 +410,7 @@ async def test_a_claim_that_grows_as_its_load_is_cancelled_is_given_back_whole(m
     flight.task.cancel()
     with pytest.raises(RegistryClosedError):
         await load.call
-    load.stopped.resume()
+    go_on(load.stopped.pid)
     for name in FLEET:
         await registry.unload(name)
     while registry.stats().bytes_unloading:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +11,7 @@ import pytest
 
 import zoo
 from conftest import settle
+from halting import go_on, halt
 from modelcache import FeatureMismatchError, InvalidInputError, LoadTimeoutError, MemoryStore
 from modelcache.testing import GatedStore
 
@@ -140,12 +139,12 @@ async def test_an_answer_is_of_the_row_that_was_sent(make_registry: MakeRegistry
     worker = registry._pool.workers[0]
     first = asyncio.create_task(registry.predict("m", ROWS[:1], timeout=0.2))
     await store.fetched(1)
-    os.kill(worker.pid, signal.SIGSTOP)
+    halt(worker.pid)
     store.open("m")
     with pytest.raises(LoadTimeoutError):
         await first
     second = asyncio.create_task(registry.predict("m", ROWS[1:2]))
     await settle()
-    os.kill(worker.pid, signal.SIGCONT)
+    go_on(worker.pid)
     assert np.array_equal(await second, MODEL.expected(ROWS[1:2]))
     assert asked(registry) == 1

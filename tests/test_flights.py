@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 import oracle
 import zoo
 from conftest import settle
+from halting import go_on, halt
 from modelcache import (
     Artifact,
     BudgetTimeoutError,
@@ -571,12 +571,12 @@ async def test_close_does_not_wait_for_ever(make_registry: MakeRegistry) -> None
     await registry.load("m")
     worker = psutil.Process(registry._pool.workers[0].pid)
     async with registry.acquire("m") as lease:
-        worker.send_signal(signal.SIGSTOP)
+        halt(worker.pid)
         calls = [asyncio.create_task(registry.predict("m", ROWS)), asyncio.create_task(lease.predict(ROWS))]
         await asyncio.sleep(0)
         closing = asyncio.create_task(registry.close(drain=0))
         await registry._pool._closing.wait()
-        worker.send_signal(signal.SIGCONT)
+        go_on(worker.pid)
         await closing
         errors = await asyncio.gather(*calls, return_exceptions=True)
         assert [type(error) for error in errors] == [RegistryClosedError] * 2

@@ -12,6 +12,7 @@ import pytest
 import oracle
 import zoo
 from conftest import settle
+from halting import go_on, halt
 from loops import LOOPS
 from modelcache import (
     FeatureMismatchError,
@@ -104,7 +105,7 @@ async def test_a_worker_that_dies_is_replaced_and_the_call_tried_again(
     events: list[Event] = []
     registry.subscribe(events.append)
     worker = psutil.Process(registry._pool.workers[0].pid)
-    worker.suspend()
+    halt(worker.pid)
     calls = [asyncio.create_task(registry.predict("Chicago_IL", ROWS)) for _ in range(20)]
     await asyncio.sleep(0)
     worker.kill()
@@ -147,7 +148,7 @@ async def test_timeouts_and_a_full_queue(make_registry: MakeRegistry, store: Mem
     registry = await make_registry(store, queue_limit=2)
     await registry.load("Chicago_IL")
     worker = psutil.Process(registry._pool.workers[0].pid)
-    worker.suspend()
+    halt(worker.pid)
     waiting = [asyncio.create_task(registry.predict("Chicago_IL", ROWS)) for _ in range(2)]
     await asyncio.sleep(0)
     with pytest.raises(OverloadedError, match="queue_limit") as refused:
@@ -158,7 +159,7 @@ async def test_timeouts_and_a_full_queue(make_registry: MakeRegistry, store: Mem
     with pytest.raises(PredictTimeoutError, match="Chicago_IL did not answer within the timeout") as late:
         await registry.predict("Chicago_IL", ROWS, timeout=0.001)
     assert late.value.model == "Chicago_IL"
-    worker.resume()
+    go_on(worker.pid)
     assert np.array_equal(await waiting[0], MODEL.expected(ROWS))
 
 

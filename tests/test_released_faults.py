@@ -20,6 +20,7 @@ import pytest
 
 import zoo
 from conftest import settle
+from halting import go_on, halt
 from modelcache import CorruptArtifactError, MemoryStore, ModelNotFoundError, StoreUnavailableError
 
 if TYPE_CHECKING:
@@ -274,13 +275,13 @@ async def test_a_bad_name_closes_no_model_in_use(make_registry: MakeRegistry) ->
     size = (await registry.load("m")).size_bytes
     registry.resize(size)
     worker = psutil.Process(registry._pool.workers[0].pid)
-    worker.suspend()
+    halt(worker.pid)
     call = asyncio.create_task(registry.predict("m", ROWS))
     await asyncio.sleep(0)
     with pytest.raises(ModelNotFoundError):
         await registry.predict("misspelt", ROWS)
     assert [info.name for info in registry.loaded()] == ["m"]
-    worker.resume()
+    go_on(worker.pid)
     assert np.array_equal(await call, MODEL.expected(ROWS))
     assert registry.stats().evictions == {}
 
@@ -293,13 +294,13 @@ async def test_a_cancelled_member_of_a_batch_hangs_nobody(make_registry: MakeReg
     registry = await make_registry(MemoryStore({"m.ubj": MODEL.ubj}))
     await registry.load("m")
     worker = psutil.Process(registry._pool.workers[0].pid)
-    worker.suspend()
+    halt(worker.pid)
     rows = zoo.rows(16)
     calls = [asyncio.create_task(registry.predict("m", row)) for row in rows]
     await settle()
     for member in (0, 7, 15):
         await cancel(calls[member])
-    worker.resume()
+    go_on(worker.pid)
     answer = MODEL.expected(rows)
     for member in set(range(16)) - {0, 7, 15}:
         assert np.array_equal(await calls[member], answer[member : member + 1])
@@ -313,13 +314,13 @@ async def test_unload_loses_no_call_in_flight(make_registry: MakeRegistry) -> No
     registry = await make_registry(MemoryStore({"m.ubj": MODEL.ubj}))
     await registry.load("m")
     worker = psutil.Process(registry._pool.workers[0].pid)
-    worker.suspend()
+    halt(worker.pid)
     calls = [asyncio.create_task(registry.predict("m", ROWS)) for _ in range(20)]
     await asyncio.sleep(0)
     unloading = asyncio.create_task(registry.unload("m"))
     await settle()
     assert not unloading.done()
-    worker.resume()
+    go_on(worker.pid)
     for answer in await asyncio.gather(*calls):
         assert np.array_equal(answer, MODEL.expected(ROWS))
     assert await unloading

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +11,7 @@ import pytest
 import odd
 import zoo
 from conftest import settle
+from halting import go_on, halt
 from modelcache import Artifact, MemoryStore, NotModified, OverloadedError, PredictTimeoutError
 
 if TYPE_CHECKING:
@@ -36,14 +35,14 @@ async def test_a_congested_lane_keeps_to_the_deadline(make_registry: MakeRegistr
     registry = await make_registry(MemoryStore({"m.ubj": zoo.model().ubj}))
     await send_whole(registry, "m")
     worker = registry._pool.workers[0]
-    os.kill(worker.pid, signal.SIGSTOP)
+    halt(worker.pid)
     filling = [asyncio.create_task(registry.predict("m", LARGE, timeout=30)) for _ in range(60)]
     for _ in range(1000):
         await asyncio.sleep(0)
     assert worker.requests.congested
     with pytest.raises(PredictTimeoutError, match="did not answer within the timeout"):
         await registry.predict("m", zoo.rows(1), timeout=0.05)
-    os.kill(worker.pid, signal.SIGCONT)
+    go_on(worker.pid)
     assert all(len(answer) == len(LARGE) for answer in await asyncio.gather(*filling))
 
 
@@ -52,7 +51,7 @@ async def test_calls_that_cannot_be_sent_count_towards_the_limit(make_registry: 
     registry = await make_registry(MemoryStore({"m.ubj": zoo.model().ubj}), queue_limit=40)
     await send_whole(registry, "m")
     worker = registry._pool.workers[0]
-    os.kill(worker.pid, signal.SIGSTOP)
+    halt(worker.pid)
     calls = [asyncio.create_task(registry.predict("m", LARGE)) for _ in range(30)]
     while not worker.requests.congested:
         await asyncio.sleep(0)
@@ -71,7 +70,7 @@ async def test_calls_that_cannot_be_sent_count_towards_the_limit(make_registry: 
     replacement = asyncio.create_task(registry.predict("m", LARGE))
     await settle()
     assert (len(worker.requests.pending), worker.requests.held_up) == (sent, 40 - sent)
-    os.kill(worker.pid, signal.SIGCONT)
+    go_on(worker.pid)
     assert all(len(answer) == len(LARGE) for answer in await asyncio.gather(*calls, replacement))
     assert worker.requests.waiting == 0
 

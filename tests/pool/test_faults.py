@@ -19,6 +19,7 @@ import odd
 import oracle
 import zoo
 from conftest import settle
+from halting import go_on, halt
 from modelcache import (
     Artifact,
     CorruptArtifactError,
@@ -331,7 +332,7 @@ async def test_two_kills_while_the_parser_runs_fail_the_load(make_registry: Make
 
 async def test_a_kill_during_an_unload_frees_the_bytes(scene: Scene) -> None:
     """Rules P1, L5: bytes are free when the worker acknowledges, or dies."""
-    send(scene.registry, signal.SIGSTOP)
+    halt(pid_of(scene.registry))
     unloading = asyncio.create_task(scene.registry.unload("other"))
     await settle()
     assert scene.registry.stats().bytes_unloading > 0
@@ -584,7 +585,7 @@ async def test_a_stopped_worker_is_replaced_and_its_calls_are_retried(scene: Sce
     complaints: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
     died = deaths(scene.registry)
-    send(scene.registry, signal.SIGSTOP)
+    halt(pid_of(scene.registry))
     calls = [asyncio.create_task(scene.registry.predict("other", [0, value])) for value in range(4)]
     async with asyncio.timeout(LONG):
         assert [(await call).tolist() for call in calls] == [[0], [2], [4], [6]]
@@ -597,7 +598,7 @@ async def test_a_missed_deadline_finds_a_stopped_worker(scene: Scene) -> None:
     """Rule P2: the call is told at its deadline, and the worker is asked for a sign of life."""
     make_impatient(scene.registry)
     died = deaths(scene.registry)
-    send(scene.registry, signal.SIGSTOP)
+    halt(pid_of(scene.registry))
     with pytest.raises(PredictTimeoutError) as caught:
         await scene.registry.predict("other", ROW, timeout=0.05)
     assert caught.value.model == "other"
@@ -616,7 +617,7 @@ async def test_a_worker_that_is_found_stuck_is_not_said_to_be_out_of_memory(
     caplog.clear()
     make_impatient(scene.registry)
     pid = pid_of(scene.registry)
-    send(scene.registry, signal.SIGSTOP)
+    halt(pid_of(scene.registry))
     only_worker(scene.registry).suspect()
     await restarted(scene.registry, 2)
     assert f"worker process {pid} was killed by modelcache, since it gave no sign of life; it is" in caplog.text
@@ -650,7 +651,7 @@ def test_the_cause_of_death_is_what_ended_it(exit_code: int, killed: str, text: 
 async def test_a_load_into_a_stopped_worker_goes_to_the_next(scene: Scene) -> None:
     """Rule P2, for loads: something waits for the worker, so its silence is noticed."""
     make_impatient(scene.registry)
-    send(scene.registry, signal.SIGSTOP)
+    halt(pid_of(scene.registry))
     async with asyncio.timeout(LONG):
         assert (await scene.registry.predict("third", ROW)).tolist() == [42]
     assert scene.registry.stats().worker_restarts == 1
@@ -659,7 +660,7 @@ async def test_a_load_into_a_stopped_worker_goes_to_the_next(scene: Scene) -> No
 async def test_an_unload_that_is_not_acknowledged_ends_the_worker(scene: Scene) -> None:
     """Rule L5: bytes that a stopped worker does not free are freed by its end."""
     make_impatient(scene.registry)
-    send(scene.registry, signal.SIGSTOP)
+    halt(pid_of(scene.registry))
     async with asyncio.timeout(LONG):
         assert await scene.registry.unload("other")
     assert scene.registry.stats().bytes_unloading == 0
@@ -740,10 +741,10 @@ async def test_a_call_in_slices_times_out_once(make_registry: MakeRegistry) -> N
     asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
     registry = await make_registry(MemoryStore({"m.ubj": zoo.model().ubj}))
     await registry.load("m")
-    send(registry, signal.SIGSTOP)
+    halt(pid_of(registry))
     with pytest.raises(PredictTimeoutError):
         await registry.predict("m", zoo.rows(5000), timeout=0.05)
-    send(registry, signal.SIGCONT)
+    go_on(pid_of(registry))
     assert not {pending.model for pending in only_worker(registry).requests.pending.values()} - {0}
     await registry.predict("m", zoo.rows(1))
     assert complaints == []

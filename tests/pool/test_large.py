@@ -18,6 +18,7 @@ import pytest
 
 import zoo
 from conftest import settle
+from halting import go_on, halt
 from modelcache import InvalidInputError, MemoryStore, PredictTimeoutError, calls
 from modelcache.inputs import LARGE_CELLS, as_matrix
 from modelcache.pool.requests import SHARED_FROM
@@ -194,7 +195,7 @@ async def test_a_call_ends_in_time_while_its_rows_are_read(registry: ModelRegist
 async def test_slots_of_calls_that_nobody_waits_for_come_back(registry: ModelRegistry, ends: str) -> None:
     """The worker answers late: its slots are not lent meanwhile, and all come back when it does."""
     worker = worker_of(registry)
-    os.kill(worker.pid, signal.SIGSTOP)
+    halt(worker.pid)
     late = [asyncio.create_task(registry.predict("m", LARGE, timeout=0.05)) for _ in range(3)]
     await until(lambda: len(worker.requests.slots.free) == SLOTS - 6)
     free = sorted(worker.requests.slots.free)
@@ -206,7 +207,7 @@ async def test_slots_of_calls_that_nobody_waits_for_come_back(registry: ModelReg
     assert sorted(worker.requests.slots.free) == free
     others = [asyncio.create_task(registry.predict("m", LARGE)) for _ in range(3)]
     await settle()
-    os.kill(worker.pid, signal.SIGCONT)
+    go_on(worker.pid)
     for answer in await asyncio.gather(*others):
         assert np.array_equal(answer, MODEL.expected(LARGE))
     await until(lambda: len(worker.requests.slots.free) == SLOTS)
