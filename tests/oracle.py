@@ -96,6 +96,15 @@ def check_no_tasks_left() -> None:
     assert [task for task in asyncio.all_tasks() if "TestRunner." not in repr(task.get_coro())] == []
 
 
+async def descriptors_come_back(before: int) -> None:
+    """No more files and sockets are open than ``before``, once threads that are not ours have closed theirs."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(5):
+            while open_descriptors() > before:
+                await asyncio.sleep(0)
+    assert open_descriptors() <= before, "a socket or file is left open"
+
+
 def open_descriptors() -> int:
     """Count this process's open files and sockets, without /dev/null: each uvloop keeps one."""
     null, count = Path(os.devnull).stat().st_rdev, 0
