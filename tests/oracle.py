@@ -102,7 +102,7 @@ async def descriptors_come_back(before: int) -> None:
         async with asyncio.timeout(5):
             while open_descriptors() > before:
                 await asyncio.sleep(0)
-    assert open_descriptors() <= before, "a socket or file is left open"
+    assert open_descriptors() <= before, f"a socket or file is left open, one of {_open_files()}"
 
 
 def open_descriptors() -> int:
@@ -112,3 +112,12 @@ def open_descriptors() -> int:
         with suppress(OSError):  # the one that listed them
             count += os.fstat(descriptor).st_rdev != null
     return count
+
+
+def _open_files() -> list[str]:
+    """Return what is open, as far as the system tells."""
+    found = []
+    for path in Path("/dev/fd").iterdir():
+        with suppress(OSError):
+            found.append(str(path.readlink()))
+    return sorted(found)

@@ -51,7 +51,7 @@ async def make_tier(tmp_path: Path) -> AsyncIterator[MakeTier]:
         await tier.close()
         incoming = tier.path / "incoming"
         assert not incoming.exists() or tier is not made[-1] or not list(incoming.iterdir())
-    assert oracle.open_descriptors() <= descriptors, "a database, lock or file is left open"
+    await oracle.descriptors_come_back(descriptors)
 
 
 @pytest.fixture(scope="module")
