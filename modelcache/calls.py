@@ -24,6 +24,7 @@ from modelcache.inputs import (
     column_order,
     is_large,
     is_numeric_array,
+    pack_row,
     read_large,
     write_rows,
 )
@@ -68,24 +69,23 @@ class Call:
     """Rows on their way, and what became of them so far."""
 
     __slots__ = (
-        "answered_by", "columns", "deadline", "hit", "large", "lost", "matrix", "output", "queue_limit", "unread",
-        "values",
+        "_matrix", "answered_by", "columns", "deadline", "hit", "large", "lost", "output", "packed", "queue_limit",
+        "shape", "unread", "values",
     )  # fmt: skip
 
     def __init__(self, rows: Any, output: Output, timeout: float | None, queue_limit: int) -> None:
         self.unread: Any = None
-        """Large rows that are yet to be read, by :meth:`read`; None if the matrix is there."""
-        self.matrix: NDArray[Any]
-        """float32 in row-major order; numbers of any kind, in the caller's own array, if it is large."""
-        self.large = is_large(rows)
-        if not self.large:
-            matrix, self.columns = as_matrix(rows)
-            # The caller may change his own array before it is sent to a second worker.
-            self.matrix = matrix.copy() if matrix is rows else matrix
-        elif is_numeric_array(rows):
-            self.matrix, self.columns = rows, None
+        """Large rows that are yet to be read, by :meth:`read`; None if they are there."""
+        self.packed = pack_row(rows)
+        """The bytes of a row that came as a list: most calls need no array."""
+        self.shape: tuple[int, int]
+        """Rows and columns."""
+        self.columns: tuple[str, ...] | None = None
+        """Their names, if they have names."""
+        if self.packed is not None:
+            self.shape, self.large = (1, len(self.packed) // 4), False
         else:
-            self.unread = rows
+            self._take(rows)
         try:
             self.output = _OUTPUT_CODES[output]
         except (KeyError, TypeError):
@@ -100,6 +100,28 @@ class Call:
         """The model that has predicted for it as it was loaded."""
         self.hit: Callable[[Entry[Resident]], None] | None = None
         """What is to be told that it has found its model resident, once its rows are on their way."""
+
+    def _take(self, rows: Any) -> None:
+        self.large = is_large(rows)
+        if not self.large:
+            matrix, self.columns = as_matrix(rows)
+            # The caller may change his own array before it is sent to a second worker.
+            self.matrix = matrix.copy() if matrix is rows else matrix
+        elif is_numeric_array(rows):
+            self.matrix = rows
+        else:
+            self.unread = rows
+
+    @property
+    def matrix(self) -> NDArray[Any]:
+        """float32 in row-major order; numbers of any kind, in the caller's own array, if it is large."""
+        if self.packed is not None:
+            return np.frombuffer(self.packed, np.float32).reshape(self.shape)
+        return self._matrix
+
+    @matrix.setter
+    def matrix(self, rows: NDArray[Any]) -> None:
+        self._matrix, self.shape = rows, rows.shape
 
     def note_hit(self, entry: Entry[Resident]) -> None:
         """Count the hit, if it is one and has not been counted: while the worker is busy, that costs no time."""
@@ -125,7 +147,7 @@ class Call:
         It must have no names to be checked. More rows would keep the loader busy, and XGBoost keeps the largest answer
         of each model for the thread that asked, outside the measured bytes.
         """
-        return self.output == _VALUE and self.columns is None and len(self.matrix) == 1
+        return self.output == _VALUE and self.columns is None and self.shape[0] == 1
 
     @property
     def expired(self) -> bool:
@@ -170,26 +192,22 @@ class Trace:
 
 async def ask(entry: Entry[Resident], call: Call) -> Matrix:
     """Return the predictions of a leased ``entry``."""
-    place, matrix = entry.value, call.matrix
+    place, (rows, width) = entry.value, call.shape
     facts, requests = place.facts, place.worker.requests
     order: list[int] | None = None
-    if call.columns is not None or matrix.shape[1] != facts.n_features:
+    if call.columns is not None or width != facts.n_features:
         order = column_order(
-            matrix.shape[1], call.columns,
+            width, call.columns,
             model=entry.key, n_features=facts.n_features, feature_names=facts.feature_names,
         )  # fmt: skip
     if requests.waiting >= call.queue_limit:
         admit(entry.key, place, requests, call.queue_limit)
-    rows = len(matrix)
-    row_seconds = place.row_seconds.get(call.output, _ROW_SECONDS_GUESSED)
-    if call.large or (rows > 1 and rows * row_seconds > 2 * _SLICE_SECONDS):
+    if rows > 1 and _takes_long(place, call):
         with requests.slices_of(place) as sliced:
             return await _ask_in_slices(entry, call, order, sliced)
-    if order is not None:
-        matrix = matrix.take(order, axis=1)
     if requests.congested:
         await _writable(entry, call.deadline)
-    number, answer = requests.predict(place, matrix, call.output, call.deadline)
+    number, answer = _send(call, place, order)
     if call.deadline:
         requests.deadlines.note(number, call.deadline, partial(_expire, entry, number, answer))
     call.note_hit(entry)
@@ -201,10 +219,23 @@ async def ask(entry: Entry[Resident], call: Call) -> Matrix:
             error.model = entry.key
         raise
     finally:
-        requests.deadlines.forget(number)
+        if call.deadline:
+            requests.deadlines.forget(number)
     if rows >= _FEW_ROWS:
         place.row_seconds = {**place.row_seconds, call.output: seconds / rows}
     return values
+
+
+def _takes_long(place: Resident, call: Call) -> bool:
+    seconds = place.row_seconds.get(call.output, _ROW_SECONDS_GUESSED)
+    return call.large or call.shape[0] * seconds > 2 * _SLICE_SECONDS
+
+
+def _send(call: Call, place: Resident, order: list[int] | None) -> tuple[int, Answer]:
+    if call.packed is not None:  # without names, hence in the model's own order
+        return place.worker.requests.predict_packed(place, call.shape, call.packed, call.output, call.deadline)
+    matrix = call.matrix if order is None else call.matrix.take(order, axis=1)
+    return place.worker.requests.predict(place, matrix, call.output, call.deadline)
 
 
 class _Slice(NamedTuple):
@@ -218,7 +249,7 @@ class _Slice(NamedTuple):
 
 
 async def _ask_in_slices(entry: Entry[Resident], call: Call, order: list[int] | None, sliced: Sliced) -> Matrix:
-    rows, sent = len(call.matrix), 0
+    rows, sent = call.shape[0], 0
     answers: Matrix | None = None
     waiting: deque[_Slice] = deque()
     try:
@@ -268,7 +299,7 @@ def _end(slice_: _Slice) -> None:
 
 
 def _slice_rows(place: Resident, call: Call) -> int:
-    most: int = SLOT_BYTES // (4 * call.matrix.shape[1])
+    most: int = SLOT_BYTES // (4 * call.shape[1])
     alone = place.worker.requests.slices_in_a_row >= _ALONE_AFTER
     seconds = _SLICE_SECONDS if alone else _SHORT_SLICE_SECONDS
     wanted = seconds / place.row_seconds.get(call.output, _ROW_SECONDS_GUESSED)

@@ -60,7 +60,7 @@ class Engines:
 
     def saw(self, entry: Entry[Resident], call: Call) -> None:
         """Take note of a call that ``entry`` has answered."""
-        if call.output != _VALUE or len(call.matrix) > FEW_ROWS or call.large:
+        if call.output != _VALUE or call.shape[0] > FEW_ROWS or call.large:
             return
         place = entry.value
         place.small_calls += 1
@@ -100,7 +100,7 @@ class Engines:
 def _as_sent(entry: Entry[Resident], call: Call) -> NDArray[np.float32]:
     facts = entry.value.facts
     order = column_order(
-        call.matrix.shape[1], call.columns,
+        call.shape[1], call.columns,
         model=entry.key, n_features=facts.n_features, feature_names=facts.feature_names,
     )  # fmt: skip
     return call.matrix if order is None else call.matrix.take(order, axis=1)

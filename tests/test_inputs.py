@@ -20,13 +20,13 @@ import polars as pl
 import pyarrow as pa
 import pytest
 import xgboost
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import sparse
 
 from modelcache.errors import FeatureMismatchError, InvalidInputError
-from modelcache.inputs import as_matrix, column_order, write_rows
+from modelcache.inputs import as_matrix, column_order, pack_row, write_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -128,10 +128,24 @@ ACCEPTED |= {
 def test_accepts(rows: Any, expected: Any) -> None:
     """Anything of numbers in one or two dimensions is rows, and what it misses is NaN."""
     same(matrix_of(rows), expected)
+    packed = pack_row(rows)
+    assert packed is None or packed == matrix_of(rows).tobytes()
     if isinstance(rows, np.ndarray):
         readonly = rows.copy()
         readonly.flags.writeable = False
         same(matrix_of(readonly), expected)
+
+
+@given(row=st.lists(st.floats() | st.integers(-(10**400), 10**400), min_size=2, max_size=9), nested=st.booleans())
+@example(row=[1.0, TWICE, -0.0, float("nan"), 1e300, -1e300], nested=True)
+def test_a_row_is_packed_as_it_is_read(row: list[float], nested: bool) -> None:
+    """The short way of a row that is a list gives the same bits; what it leaves to the other is integers alone."""
+    rows: Any = [row] if nested else row
+    packed = pack_row(rows)
+    if packed is not None:
+        assert packed == matrix_of(rows).tobytes()
+    else:
+        assert all(isinstance(value, int) for value in row) or any(abs(value) > sys.float_info.max for value in row)
 
 
 REFUSED: dict[str, tuple[Any, str]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,6 +22,17 @@ def filled(values: list[float]) -> Histogram:
     for value in values:
         histogram.record(value)
     return histogram
+
+
+@given(values=st.lists(st.floats(0, sys.float_info.max / 1000) | TOLD_APART, max_size=200))
+@example(values=[0.0, 2**-30, 2**-24, 1.0, float(np.nextafter(1.0, 0.0)), 2.0**16, 2.0**17] * 20)
+def test_many_values_at_once_count_like_one_after_another(values: list[float]) -> None:
+    """NumPy puts each into the bucket that it would go to by itself."""
+    histogram = Histogram()
+    histogram.record_all(values)
+    together, apart = histogram.summary(), filled(values).summary()
+    assert together.sum == pytest.approx(apart.sum)
+    assert replace(together, sum=0.0) == replace(apart, sum=0.0)
 
 
 def true_percentile(values: list[float], percent: int) -> float:

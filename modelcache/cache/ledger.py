@@ -31,6 +31,8 @@ logger = logging.getLogger("modelcache")
 _MOST_OVERTAKINGS = 16
 """How often a claim that waits for leases may be passed by smaller ones that need no eviction."""
 
+_READY = State.READY
+"""Looked up once: to find a member in its Enum takes as long as all else that a lease does."""
 
 Retired = list[Entry[Any]]
 """Entries to be unloaded by the caller."""
@@ -71,7 +73,7 @@ class Ledger:
     @property
     def free(self) -> int:
         """Bytes to grant; negative for a while after the budget was made smaller."""
-        return self.budget - self.charged
+        return self.budget - self.resident - self.reserved - self.unloading
 
     @property
     def room(self) -> int:
@@ -184,7 +186,7 @@ class Ledger:
 
     def lease(self, entry: Entry[Any]) -> None:
         """Keep ``entry`` from being evicted until :meth:`release`."""
-        if not entry.leases and not entry.pinned and entry.state is State.READY:
+        if not entry.leases and not entry.pinned and entry.state is _READY:
             self.idle -= entry.size
         entry.leases += 1
         self.leases += 1
@@ -193,7 +195,7 @@ class Ledger:
         """Count a use of a resident entry and tell the policy."""
         entry.hits += 1
         entry.last_used = self._clock()
-        if entry.state is State.READY:
+        if entry.state is _READY:
             self.table.move_to_end(entry.key)
             if self.policy is not None:
                 try:
@@ -204,9 +206,9 @@ class Ledger:
     def release(self, entry: Entry[Any]) -> Retired:
         """End a lease; the last one retires a detached entry."""
         self._end_lease(entry)
-        if entry.pins:
+        if entry.leases or entry.pinned:
             return []
-        if entry.state is State.READY:
+        if entry.state is _READY:
             return self._pump() if self.queue or self.free < 0 else []
         if entry.state is State.DETACHED:
             self._start_unloading(entry)
@@ -400,7 +402,7 @@ class Ledger:
     def _end_lease(self, entry: Entry[Any]) -> None:
         entry.leases -= 1
         self.leases -= 1
-        if not entry.pins and entry.state is State.READY:
+        if not entry.leases and not entry.pinned and entry.state is _READY:
             self.idle += entry.size
 
     def _remove(self, entry: Entry[Any], cause: EvictionCause) -> Retired:

@@ -120,10 +120,10 @@ class Channel(asyncio.BufferedProtocol, ABC):
         if self._filled >= self._wanted:
             self._move_to_front(self._take_frames())
 
-    def _take_frames(self) -> int:
-        """Handle the complete frames; return where the incomplete one begins."""
+    def _take_frames(self, start: int = 0) -> int:
+        """Handle the complete frames from ``start`` on; return where the incomplete one begins."""
         unpack, header_size, buffer = self._header.unpack_from, self._header.size, self._buffer
-        start, filled, self._wanted = 0, self._filled, header_size
+        filled, self._wanted = self._filled, header_size
         while filled - start >= header_size:
             header = unpack(buffer, start)
             end = start + header_size + header[0]

@@ -75,7 +75,7 @@ class Worker:
         """Start the process and wait until it is up; on an error nothing of it is left."""
         self.process = await start_process(
             self._lanes,
-            lambda: RequestChannel(self._lane_lost, self.latency.record, self._lanes.slots),
+            lambda: RequestChannel(self._lane_lost, self.latency.record_all, self._lanes.slots),
             lambda: ArtifactChannel(
                 self._lane_lost, self._lanes.box, hello=self.hello.set_result, unloaded=self._on_unloaded
             ),

@@ -6,20 +6,21 @@ from asyncio import InvalidStateError
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
+from struct import Struct
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from modelcache.errors import InvalidInputError, ModelCacheError
-from modelcache.pool import wire
+from modelcache.pool import replies, wire
 from modelcache.pool.channel import Channel
 from modelcache.pool.deadlines import Deadlines
 from modelcache.pool.lost import WorkerLostError
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -33,6 +34,9 @@ SHARED_FROM = 64 << 10
 """Bytes of rows from which a slot is cheaper than the socket."""
 
 _NUMBERS = 1 << 32
+
+_header = wire.REQUEST.pack
+_one_float = Struct("f").unpack_from
 
 _FLOAT32 = np.dtype(np.float32)
 """Made once: NumPy would look it up for each answer, which takes as long as reading that."""
@@ -91,10 +95,10 @@ class Sliced:
 class RequestChannel(Channel):
     """Sends rows, and resolves the future of each call when its predictions come back.
 
-    ``observe(seconds)`` is told how long each answered call took from here to here. Large batches travel in ``slots``.
+    ``observe(seconds)`` is told how long answered calls took from here to here. Large batches travel in ``slots``.
     """
 
-    def __init__(self, lost: Callable[[], None], observe: Callable[[float], None], slots: Slots) -> None:
+    def __init__(self, lost: Callable[[], None], observe: Callable[[Sequence[float]], None], slots: Slots) -> None:
         super().__init__(wire.REPLY, lost)
         self.slots = slots
         self._observe = observe
@@ -110,6 +114,9 @@ class RequestChannel(Channel):
         self.held_up = 0
         """Calls not yet sent, since the worker has not taken enough of what was sent before."""
         self.last_latency = 0.0
+        self._read_at = 0.0
+        self._latencies: list[float] = []
+        """Of the calls that the last read has answered."""
         self._pings = Sliced(_Pings(), waits=False)
         self.longest: Queue = self._pings.queue
         """The longest queue that was seen when calls were compared last."""
@@ -127,8 +134,13 @@ class RequestChannel(Channel):
         """Send ``rows``; the future gives the predictions and the seconds that the worker took for them."""
         if rows.nbytes >= SHARED_FROM:
             return self.predict_written(queue, rows.shape, partial(np.copyto, src=rows), output, deadline)
-        count, columns = rows.shape
-        return self._send(queue, (0, count, columns), rows.tobytes(), output, deadline, sliced=None)
+        return self.predict_packed(queue, rows.shape, rows.tobytes(), output, deadline)
+
+    def predict_packed(
+        self, queue: Queue, shape: tuple[int, ...], rows: bytes, output: int, deadline: float
+    ) -> tuple[int, asyncio.Future[tuple[Matrix, float]]]:
+        """Send ``rows``, the float32 of an array of ``shape``; the future is that of :meth:`predict`."""
+        return self._send(queue, (0, shape), rows, output, deadline)
 
     def predict_written(
         self,
@@ -155,7 +167,7 @@ class RequestChannel(Channel):
             rows = np.empty(shape, np.float32)
             write(rows)
             payload = rows.tobytes()
-        number, future = self._send(queue, (slot, *shape), payload, output, deadline, sliced=sliced)
+        number, future = self._send(queue, (slot, shape), payload, output, deadline, sliced=sliced)
         self.slices_in_a_row = self.slices_in_a_row + 1 if number == self._last_slice + 1 else 0
         self._last_slice = number
         return number, future
@@ -163,12 +175,12 @@ class RequestChannel(Channel):
     def _send(
         self,
         queue: Queue,
-        where: tuple[int, int, int],
+        where: tuple[int, tuple[int, ...]],
         payload: bytes,
         output: int,
         deadline: float,
         *,
-        sliced: Sliced | None,
+        sliced: Sliced | None = None,
     ) -> tuple[int, asyncio.Future[Any]]:
         """Send a request; ``where`` its rows are: the slot or 0, and their shape."""
         number = self._number = (self._number + 1) % _NUMBERS
@@ -181,10 +193,9 @@ class RequestChannel(Channel):
             queue.waiting += 1
         else:
             self._parts += 1
-        slot, rows, columns = where
+        slot, (rows, columns) = where
         self.send(
-            wire.REQUEST.pack(len(payload), wire.PREDICT, output, slot, number, queue.number, rows, columns, deadline)
-            + payload
+            _header(len(payload), wire.PREDICT, output, slot, number, queue.number, rows, columns, deadline) + payload
         )
         return number, future
 
@@ -194,7 +205,7 @@ class RequestChannel(Channel):
         future: asyncio.Future[Any] = self._loop.create_future()
         self.pending[number] = _Pending(future, monotonic(), self._pings.queue, self._pings)
         self._parts += 1
-        self.send(wire.REQUEST.pack(0, wire.PING, 0, 0, number, 0, 0, 0, 0.0))
+        self.send(_header(0, wire.PING, 0, 0, number, 0, 0, 0, 0.0))
         return future
 
     @property
@@ -217,7 +228,7 @@ class RequestChannel(Channel):
             return
         self._note_end(pending)
         if not self.closed:
-            self.send(wire.REQUEST.pack(0, wire.CANCEL, 0, 0, number, 0, 0, 0, 0.0))
+            self.send(_header(0, wire.CANCEL, 0, 0, number, 0, 0, 0, 0.0))
 
     def _note_end(self, pending: _Pending) -> None:
         if pending.sliced is None:
@@ -303,12 +314,23 @@ class RequestChannel(Channel):
 
     def buffer_updated(self, nbytes: int) -> None:
         """Resolve the answered calls; what their callers send next leaves in one write."""
-        before = len(self.pending)
+        self._read_at = monotonic()
         super().buffer_updated(nbytes)
-        answered = before - len(self.pending)
-        if answered > 1:
-            # Their callers wake up in the next tick, before what is scheduled now.
-            self.cork()
+        if self._latencies:
+            latencies, self._latencies = self._latencies, []
+            self.last_latency = latencies[-1]
+            self._observe(latencies)
+            if len(latencies) > 1:
+                # Their callers wake up in the next tick, before what is scheduled now.
+                self.cork()
+
+    def _take_frames(self, start: int = 0) -> int:
+        if self._filled >= replies.MANY:
+            numbers, values, seconds = replies.single_numbers(self._buffer[: self._filled])
+            for answer in zip(numbers, values, seconds, strict=True):
+                self._answer(*answer)
+            start = len(numbers) * replies.SIZE
+        return super()._take_frames(start)
 
     def frame_received(self, header: tuple[Any, ...], data: memoryview, start: int, end: int) -> None:
         """Resolve one call."""
@@ -317,29 +339,43 @@ class RequestChannel(Channel):
             self.slots.give_back(slot)  # what is in it is read before anybody can take it
             if kind == wire.SKIPPED:
                 return  # cancelled, or its time is over: its timer is about to say so
-        pending = self.pending.pop(number, None)
-        if pending is None:
-            return  # cancelled or timed out meanwhile
-        self._note_end(pending)
-        if pending.future.done():
-            return
-        self._answered += pending.sliced is None
+        if number not in self.pending:
+            return  # cancelled, or its time is over
         if kind == wire.RESULT:
-            # Through a bytearray, so that the caller's array is writable and keeps no larger buffer alive.
-            values = np.frombuffer(bytearray(data[start:end]), _FLOAT32)
-            if dimensions > 1:
-                values = values.reshape((rows, second, third)[:dimensions])
+            if dimensions == rows == 1:
+                values = np.empty(1, _FLOAT32)
+                (values[0],) = _one_float(data, start)
+            else:
+                # Through a bytearray, so that the caller's array is writable and keeps no larger buffer alive.
+                values = np.frombuffer(bytearray(data[start:end]), _FLOAT32)
+                if dimensions > 1:
+                    values = values.reshape((rows, second, third)[:dimensions])
+            self._answer(number, values, seconds)
         elif kind == wire.SHARED:
-            values = self.slots.at(slot, (rows, second, third)[:dimensions]).copy()
-        else:
+            self._answer(number, self.slots.at(slot, (rows, second, third)[:dimensions]).copy(), seconds)
+        elif (pending := self._awaited(number)) is not None:
             _resolve_rarely(pending.future, kind, bytes(data[start:end]))
+
+    def _answer(self, number: int, values: Matrix, seconds: float) -> None:
+        pending = self._awaited(number)
+        if pending is None:
             return
-        self.last_latency = monotonic() - pending.sent
-        self._observe(self.last_latency)
+        self._latencies.append(self._read_at - pending.sent)
         try:  # noqa: SIM105 - costs nothing on the hot path; suppress() does
             pending.future.set_result((values, seconds))
         except InvalidStateError:
             pass  # Ctrl-C cancels the main task inside its signal handler, which runs between any two steps
+
+    def _awaited(self, number: int) -> _Pending | None:
+        """Take a call off the list; None if it was cancelled or its time is over."""
+        pending = self.pending.pop(number, None)
+        if pending is None:
+            return None
+        self._note_end(pending)
+        if pending.future.done():
+            return None
+        self._answered += pending.sliced is None
+        return pending
 
 
 def _resolve_rarely(future: asyncio.Future[Any], kind: int, payload: bytes) -> None:

@@ -18,11 +18,14 @@ async def test_a_call_cancelled_by_a_signal_while_it_is_answered() -> None:
     """F3: a caller that goes while its answer is being taken apart touches no other call, nor the lane."""
     calls: list[asyncio.Future[Any]] = []
 
-    def interrupt(_: float) -> None:
-        calls[0].cancel()
+    class Interrupted(list[float]):
+        def append(self, value: float) -> None:
+            calls[0].cancel()
+            super().append(value)
 
     transport = FakeTransport()
-    channel = RequestChannel(lambda: None, interrupt, both_ends()[0])
+    channel = RequestChannel(lambda: None, lambda _: None, both_ends()[0])
+    channel._latencies = Interrupted()
     channel.connection_made(transport)
     rows = np.zeros((1, 1), np.float32)
     answers = b""

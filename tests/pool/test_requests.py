@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from conftest import settle
 from lanes import FakeTransport, Line, both_ends, deliver
@@ -32,7 +35,7 @@ class Lane:
         self.queue = Line(3)
         self.transport = FakeTransport()
         self.slots, self.arena = both_ends()
-        self.channel = RequestChannel(lambda: None, self.observed.append, self.slots)
+        self.channel = RequestChannel(lambda: None, self.observed.extend, self.slots)
         self.channel.connection_made(self.transport)
 
     def predict(self, rows: np.ndarray[Any, Any] = ROWS) -> tuple[int, asyncio.Future[Any]]:
@@ -110,6 +113,49 @@ async def test_answers_of_one_read_share_no_memory(lane: Lane) -> None:
     first += 1
     assert second.tolist() == [0, 0]
     assert len(first.base) == first.nbytes
+
+
+SINGLE, PAIR, REFUSAL, CANCELLED = "single", "pair", "refusal", "cancelled"
+
+
+@given(
+    kinds=st.lists(st.sampled_from([SINGLE] * 9 + [PAIR, REFUSAL, CANCELLED]), max_size=200),
+    cuts=st.lists(st.integers(0, 9000), max_size=3),
+)
+@example(kinds=[SINGLE] * 150, cuts=[])
+@example(kinds=[*[SINGLE] * 70, CANCELLED, *[SINGLE] * 70, PAIR, *[SINGLE] * 70], cuts=[4801])
+async def test_many_answers_in_one_read(kinds: list[str], cuts: list[int]) -> None:
+    """However many come at once, between whatever others, and wherever reads end: each caller gets its own."""
+    lane = Lane()
+    calls = [lane.predict() for _ in kinds]
+    stream = b""
+    for kind, (number, _) in zip(kinds, calls, strict=True):
+        values = np.array([number, -number][: 1 + (kind == PAIR)])
+        stream += lane.refusal(number, f"no {number}") if kind == REFUSAL else lane.answer(number, values)
+        if kind == CANCELLED:
+            lane.channel.cancel(number)
+    for start, end in pairwise([0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]):
+        deliver(lane.channel, stream[start:end])
+    for kind, (number, future) in zip(kinds, calls, strict=True):
+        if kind == CANCELLED:
+            assert not future.done()
+        elif kind == REFUSAL:
+            assert str(future.exception()).endswith(f": no {number}")
+        else:
+            values, seconds = future.result()
+            assert values.tolist() == [number, -number][: 1 + (kind == PAIR)]
+            assert (values.dtype, seconds) == (np.float32, 0.25)
+            values[:] = 0  # it is the caller's own
+    assert len(lane.observed) == kinds.count(SINGLE) + kinds.count(PAIR)
+    assert not lane.channel.pending
+    lane.transport.close()
+
+
+async def test_an_answer_of_many_keeps_few_alive(lane: Lane) -> None:
+    """Whoever keeps one of a thousand answers keeps 256 bytes with it."""
+    calls = [lane.predict() for _ in range(1000)]
+    deliver(lane.channel, b"".join(lane.answer(number, np.zeros(1)) for number, _ in calls))
+    assert max([(await future)[0].base.nbytes for _, future in calls]) == 256
 
 
 async def test_a_refusal_is_raised_with_the_models_own_words(lane: Lane) -> None:
