@@ -158,6 +158,13 @@ class Echo(Served):
         return answer == rows
 
 
+class RelayedEcho(Echo):
+    """The echo, which asks another process: the floor of any app whose models are in processes of their own."""
+
+    label = "echo, by way of another process"
+    command = (str(HERE / "http_servers.py"), "relayed_echo")
+
+
 class GuardedEcho(Echo):
     """The echo, behind the connections and the guard of the command."""
 
@@ -187,6 +194,7 @@ RIVALS: dict[str, type[Rival]] = {
     "modelcache-serve": Serve,
     "by-hand": ByHand,
     "http-echo": Echo,
+    "relayed-echo": RelayedEcho,
     "guarded-echo": GuardedEcho,
     "constant": Constant,
     "modelcache-inside": Inside,

@@ -1,6 +1,7 @@
 """Apps that ``modelcache serve`` is compared with, under the same server: ``http_servers.py NAME FOLDER --port 0``.
 
-Two of them are steps on the way from the echo to the command: what stands before its apps, and one of the apps.
+Three of them are steps on the way from the echo to the command: what stands before its apps, one of the apps, and the
+way to another process.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import sys
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,10 +24,10 @@ from modelcache.serving import sagemaker
 from modelcache.serving.config import Limits
 from modelcache.serving.guard import Guard
 from modelcache.serving.server import configure
-from rivals import load_booster
+from rivals import Echo, load_booster
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
 
     from starlette.requests import Request
 
@@ -33,11 +35,24 @@ if TYPE_CHECKING:
 
 _BOOSTERS: dict[str, Any] = {}
 _FOLDER = Path(sys.argv[2])
+_OTHER_PROCESS = Echo(_FOLDER)
 
 
 async def echo(request: Request) -> Response:
     """Send back what has come."""
     return Response(await request.body(), media_type="text/csv")
+
+
+async def relayed_echo(request: Request) -> Response:
+    """Send back what has come, by way of another process."""
+    return Response(await _OTHER_PROCESS.predict("", await request.body()), media_type="text/csv")
+
+
+@asynccontextmanager
+async def _beside_another_process(_app: Starlette) -> AsyncIterator[None]:
+    await _OTHER_PROCESS.start()
+    yield
+    await _OTHER_PROCESS.close()
 
 
 async def by_hand(request: Request) -> Response:
@@ -64,17 +79,16 @@ class Constant:
 
 def _plain(app: Any) -> uvicorn.Config:
     """Return what uvicorn needs to know; idle connections stay open, since others have their turn meanwhile."""
-    return uvicorn.Config(
-        app, http="httptools", lifespan="off", ws="none", log_config=None, access_log=False, timeout_keep_alive=75
-    )
+    return uvicorn.Config(app, http="httptools", ws="none", log_config=None, access_log=False, timeout_keep_alive=75)
 
 
-def _one_route(handler: Any) -> Starlette:
-    return Starlette(routes=[Route("/endpoints/{endpoint}/invocations", handler, methods=["POST"])])
+def _one_route(handler: Any, lifespan: Any = None) -> Starlette:
+    return Starlette(routes=[Route("/endpoints/{endpoint}/invocations", handler, methods=["POST"])], lifespan=lifespan)
 
 
 CONFIGS: dict[str, Callable[[], uvicorn.Config]] = {
     "echo": lambda: _plain(_one_route(echo)),
+    "relayed_echo": lambda: _plain(_one_route(relayed_echo, _beside_another_process)),
     "by_hand": lambda: _plain(_one_route(by_hand)),
     "guarded_echo": lambda: configure(Guard(_one_route(echo)), Limits()),
     "constant": lambda: configure(Guard(sagemaker(cast("ModelRegistry", Constant()))), Limits()),

@@ -5,10 +5,10 @@
 
 Every rival's server is a process of its own, and so is the client that asks it, over connections that stay open; they
 take turns. The echo is a route of starlette under uvicorn that sends back what it was sent: nothing that parses HTTP in
-Python can take less. Two steps on the way from there to the command are asked as well: the echo behind the command's
-limits and guard, and its app for SageMaker's clients with an answer at hand. ``registry.predict`` is asked the same in
-the process, to tell the registry's own share. Each answer is compared with XGBoost's own, bit for bit, after the clock
-has stopped.
+Python can take less. Three steps on the way from there to the command are asked as well: the echo behind the command's
+limits and guard, its app for SageMaker's clients with an answer at hand, and the echo by way of another process, which
+is where models are. ``registry.predict`` is asked the same in the process, to tell the registry's own share. Each
+answer is compared with XGBoost's own, bit for bit, after the clock has stopped.
 
 It is not called http.py, since Python would then find it in the place of its own module of that name.
 """
