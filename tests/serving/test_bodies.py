@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import Mock
 
 import pytest
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
-from modelcache.serving.bodies import read_body
+from modelcache.serving.bodies import read_body, receive_body
 from modelcache.serving.errors import PayloadTooLargeError, RequestError, UnsupportedMediaTypeError
 
 if TYPE_CHECKING:
@@ -37,6 +37,29 @@ def request_of(*chunks: bytes, **headers: str) -> Request:
 async def test_a_body_is_read_whole() -> None:
     """However many chunks it comes in."""
     assert await read_body(request_of(TEXT[:5], TEXT[5:]), len(TEXT)) == TEXT
+
+
+async def test_a_body_of_one_piece_is_not_copied() -> None:
+    """As most are: it may be some megabytes."""
+
+    async def receive() -> MutableMapping[str, Any]:
+        return {"type": "http.request", "body": TEXT}
+
+    assert await receive_body(receive, {}, len(TEXT)) is TEXT
+
+
+async def test_a_client_that_goes_in_the_middle_of_its_body_is_not_answered() -> None:
+    """Half a body is none."""
+    messages: list[MutableMapping[str, Any]] = [
+        {"type": "http.request", "body": TEXT, "more_body": True},
+        {"type": "http.disconnect"},
+    ]
+
+    async def receive() -> MutableMapping[str, Any]:
+        return messages.pop(0)
+
+    with pytest.raises(ClientDisconnect):
+        await receive_body(receive, {}, 2 * len(TEXT))
 
 
 @pytest.mark.parametrize(
