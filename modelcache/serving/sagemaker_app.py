@@ -22,11 +22,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Route, request_response
 
 from modelcache.errors import ModelCacheError
 from modelcache.serving.bounds import MOST_ROWS
@@ -34,16 +33,18 @@ from modelcache.serving.errors import PayloadTooLargeError
 from modelcache.serving.sagemaker_calls import TIMEOUT, Calls
 from modelcache.serving.sagemaker_errors import container_error, container_refusal, runtime_error, runtime_refusal
 from modelcache.serving.sagemaker_models import Models
+from modelcache.serving.short_way import Call, ShortWayApp
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine
+    from collections.abc import Awaitable, Callable
 
-    from starlette.types import Message, Receive
+    from starlette.applications import Starlette
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from modelcache.registry import ModelRegistry
 
     Verify = Callable[[Request], Awaitable[None]]
-    Endpoint = Callable[[Request], Coroutine[None, None, Response]]
+    Endpoint = Call | Callable[[Request], Awaitable[Response]]
 
 
 def sagemaker(
@@ -81,13 +82,13 @@ def sagemaker(
 
 def app_of(calls: Calls, *, management: bool, verify: Verify | None = None) -> Starlette:
     """Return an app of these endpoints; several apps of the same know the same names."""
-    return Starlette(
+    return ShortWayApp(
         routes=[
-            Route("/ping", _ping),
             *(
-                Route(path, endpoint if verify is None else _verified(endpoint, verify, calls), methods=[method])
+                Route(path, endpoint if verify is None else _Verified(endpoint, verify, calls), methods=[method])
                 for method, path, endpoint in _routes(calls, management=management)
             ),
+            Route("/ping", _ping),
         ],
         exception_handlers={
             ModelCacheError: _failed,
@@ -99,10 +100,11 @@ def app_of(calls: Calls, *, management: bool, verify: Verify | None = None) -> S
 
 
 def _routes(calls: Calls, *, management: bool) -> list[tuple[str, str, Endpoint]]:
+    """Return the routes that are verified; first the calls, whose way is short only if no other route comes before."""
     routes: list[tuple[str, str, Endpoint]] = [
-        ("POST", "/endpoints/{EndpointName}/invocations", calls.invoke_endpoint),
-        ("POST", "/invocations", calls.invoke),
-        ("POST", "/models/{model_name:path}/invoke", calls.invoke_model),
+        ("POST", "/endpoints/{EndpointName}/invocations", Call(calls.invoke_endpoint)),
+        ("POST", "/invocations", Call(calls.invoke)),
+        ("POST", "/models/{model_name:path}/invoke", Call(calls.invoke_model)),
         ("GET", "/models", calls.list_models),
         ("GET", "/models/{model_name:path}", calls.describe_model),
         ("GET", "/execution-parameters", calls.execution_parameters),
@@ -137,15 +139,22 @@ def _is_runtime(request: Request) -> bool:
     return "EndpointName" in request.path_params
 
 
-def _verified(endpoint: Endpoint, verify: Verify, calls: Calls) -> Endpoint:
-    """Return ``endpoint`` for requests that ``verify`` lets pass; what that reads of the body is bounded, too."""
+class _Verified:
+    """An endpoint for requests that ``verify`` lets pass; what that reads of the body is bounded, and read again."""
 
-    async def verified(request: Request) -> Response:
-        request = Request(request.scope, _bounded(request.receive, calls.max_body_bytes))
-        await verify(request)
-        return await endpoint(request)
+    def __init__(self, endpoint: Endpoint, verify: Verify, calls: Calls) -> None:
+        self._app: ASGIApp = endpoint if isinstance(endpoint, Call) else request_response(endpoint)
+        self._verify = verify
+        self._max_body_bytes = calls.max_body_bytes
 
-    return verified
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, _bounded(receive, self._max_body_bytes))
+        await self._verify(request)
+
+        async def receive_again() -> Message:
+            return {"type": "http.request", "body": await request.body(), "more_body": False}
+
+        await self._app(scope, receive_again, send)
 
 
 def _bounded(receive: Receive, limit: int) -> Receive:

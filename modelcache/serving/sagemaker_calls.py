@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import lru_cache
 from time import monotonic
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,21 +13,20 @@ from starlette.responses import Response
 from modelcache.errors import LoadTimeoutError, ModelCacheError
 from modelcache.serving import codecs
 from modelcache.serving.access_log import note_model
-from modelcache.serving.bodies import read_body, read_command
+from modelcache.serving.bodies import fields_of, read_command, receive_body
 from modelcache.serving.bounds import FEW_ROWS, check_answer, check_rows
 from modelcache.serving.errors import RequestError
+from modelcache.serving.short_way import Answer
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from starlette.requests import Request
+    from starlette.types import Receive, Scope
 
     from modelcache import ModelInfo
     from modelcache.registry import ModelRegistry
-    from modelcache.serving.codecs import Encoder
+    from modelcache.serving.bodies import Fields
+    from modelcache.serving.codecs import Decoder, Encoder
     from modelcache.serving.sagemaker_models import Models
-
-    Fields = dict[bytes, bytes]
 
 _TARGET = b"x-amzn-sagemaker-target-model"
 _VARIANT = b"x-amzn-sagemaker-target-variant"
@@ -73,29 +73,28 @@ class Calls:
         self.max_body_bytes = max_body_bytes
         self._timeout = timeout
 
-    async def invoke_endpoint(self, request: Request) -> Response:
+    async def invoke_endpoint(self, scope: Scope, receive: Receive) -> Answer:
         """Answer boto3's ``invoke_endpoint``."""
-        fields = _fields(request)
-        response = await self._answer(request, fields, _target(fields), _MULTI)
-        headers = response.raw_headers
-        headers.append((b"x-amzn-invoked-production-variant", fields.get(_VARIANT, _ONLY_VARIANT)))
-        _echo(fields, headers)
-        return response
+        fields = fields_of(scope)
+        answer = await self._answer(scope, receive, fields, _target(fields), _MULTI)
+        answer.headers.append((b"x-amzn-invoked-production-variant", fields.get(_VARIANT, _ONLY_VARIANT)))
+        _echo(fields, answer.headers)
+        return answer
 
-    async def invoke(self, request: Request) -> Response:
+    async def invoke(self, scope: Scope, receive: Receive) -> Answer:
         """Answer as a container of one model; which one, a header says."""
-        fields = _fields(request)
-        response = await self._answer(request, fields, _target(fields), _SINGLE)
-        _echo(fields, response.raw_headers)
-        return response
+        fields = fields_of(scope)
+        answer = await self._answer(scope, receive, fields, _target(fields), _SINGLE)
+        _echo(fields, answer.headers)
+        return answer
 
-    async def invoke_model(self, request: Request) -> Response:
+    async def invoke_model(self, scope: Scope, receive: Receive) -> Answer:
         """Answer as a container of many models."""
-        fields = _fields(request)
-        name = self._models.artifact(request.path_params["model_name"])
-        response = await self._answer(request, fields, name, _MULTI)
-        _echo(fields, response.raw_headers)
-        return response
+        fields = fields_of(scope)
+        name = self._models.artifact(scope["path_params"]["model_name"])
+        answer = await self._answer(scope, receive, fields, name, _MULTI)
+        _echo(fields, answer.headers)
+        return answer
 
     async def list_models(self, request: Request) -> Response:
         """Answer with one page of what is loaded."""
@@ -127,14 +126,13 @@ class Calls:
             }
         )
 
-    async def _answer(self, request: Request, fields: Fields, name: str, form: _Form) -> Response:
-        note_model(request.scope, name)
-        body = await read_body(request, self.max_body_bytes)
+    async def _answer(self, scope: Scope, receive: Receive, fields: Fields, name: str, form: _Form) -> Answer:
+        note_model(scope, name)
+        body = await receive_body(receive, fields, self.max_body_bytes)
         if not body:
-            return Response(status_code=204)
-        decoder = codecs.decoder_for(fields.get(b"content-type", b"text/csv").decode("latin-1"), self._index_base)
-        accept = fields.get(b"accept", b"").decode("latin-1")
-        encoder = codecs.encoder_for(accept, form.default, bare_json=form.bare_json)
+            return Answer(204, [], b"")
+        content_type, accept = fields.get(b"content-type", b"text/csv"), fields.get(b"accept", b"")
+        decoder, encoder, described = _codecs(content_type, self._index_base, accept, form)
         began = monotonic()
         width = (await self._model(name, began)).n_features if decoder.needs_width else None
         if len(body) < _LARGE:
@@ -146,7 +144,11 @@ class Calls:
         if count > FEW_ROWS:
             check_answer(count, await self._model(name, began), ("value",))
         predictions = await self._registry.predict(name, rows, timeout=self._left(began))
-        return await _written(predictions, encoder)
+        if predictions.nbytes < _LARGE:
+            written = encoder.encode(predictions)
+        else:
+            written = await asyncio.to_thread(encoder.encode, predictions)
+        return Answer(200, [(b"content-length", b"%d" % len(written)), described], written)
 
     async def _model(self, name: str, began: float) -> ModelInfo:
         """Return what a body alone does not tell: the columns of sparse rows, and the size of the answer."""
@@ -166,24 +168,21 @@ class Calls:
         return None if self._timeout is None else max(0.0, began + self._timeout - monotonic())
 
 
-async def _written(predictions: NDArray[np.float32], encoder: Encoder) -> Response:
-    if predictions.nbytes < _LARGE:
-        body = encoder.encode(predictions)
-    else:
-        body = await asyncio.to_thread(encoder.encode, predictions)
-    response = Response(body)
-    # Not by media_type: Starlette would add a charset to what begins with text/.
-    response.raw_headers.append((b"content-type", encoder.media_type.encode("latin-1")))
-    return response
+@lru_cache(256)
+def _codecs(
+    content_type: bytes, index_base: int, accept: bytes, form: _Form
+) -> tuple[Decoder, Encoder, tuple[bytes, bytes]]:
+    """Return what reads the body, what writes the answer, and the field that says so: its own media type.
+
+    Kept by what clients send, byte for byte: of the same few headers nothing is decoded or parsed again.
+    """
+    decoder = codecs.decoder_for(content_type.decode("latin-1"), index_base)
+    encoder = codecs.encoder_for(accept.decode("latin-1"), form.default, bare_json=form.bare_json)
+    return decoder, encoder, (b"content-type", encoder.media_type.encode("latin-1"))
 
 
 def _json(value: object) -> Response:
     return Response(orjson.dumps(value), media_type="application/json")
-
-
-def _fields(request: Request) -> Fields:
-    """Return the header, by lower-case names; and of a field that comes twice the first, as Starlette does."""
-    return dict(reversed(request.scope["headers"]))
 
 
 def _target(fields: Fields) -> str:

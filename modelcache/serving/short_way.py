@@ -1,0 +1,96 @@
+"""A short way to the few endpoints that a server is asked for all day.
+
+What Starlette does for requests of any kind, with a router, requests, responses and three layers that wait for errors,
+takes longer than to read a row of CSV and to write its prediction. Calls need none of it as long as they succeed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from starlette.applications import Starlette
+from starlette.routing import Match, Route
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable, Iterator
+
+    from starlette.routing import BaseRoute
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+_FAILURE = "modelcache.failure"
+
+
+class Answer(NamedTuple):
+    """What a call is answered."""
+
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+
+    async def send(self, send: Send) -> None:
+        """Send it."""
+        await send({"type": "http.response.start", "status": self.status, "headers": self.headers})
+        await send({"type": "http.response.body", "body": self.body})
+
+
+class Call:
+    """An endpoint that can be asked directly for its answer; and an ASGI app, as Starlette's routes take them."""
+
+    def __init__(self, answer: Callable[[Scope, Receive], Awaitable[Answer]]) -> None:
+        self.answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer; or fail as it failed on the short way."""
+        failure = scope.pop(_FAILURE, None)
+        if failure is not None:
+            raise failure
+        answer = await self.answer(scope, receive)
+        await answer.send(send)
+
+
+class ShortWayApp(Starlette):
+    """Starlette; the routes of calls are taken past it if they come first, and no middleware was added.
+
+    A call that fails goes the long way, with its failure: handlers of errors answer it there, whoever added them.
+    """
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """Return the app without the short way, or with it."""
+        whole = super().build_middleware_stack()
+        return whole if self.user_middleware else _ShortWay(list(_leading_calls(self.routes)), whole)
+
+
+def _leading_calls(routes: Iterable[BaseRoute]) -> Iterator[tuple[Route, Call]]:
+    for route in routes:
+        if not (isinstance(route, Route) and isinstance(route.app, Call)):
+            return
+        yield route, route.app
+
+
+class _ShortWay:
+    def __init__(self, calls: list[tuple[Route, Call]], whole: ASGIApp) -> None:
+        self._calls = calls
+        self._whole = whole
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        call = self._call(scope)
+        if call is None:
+            await self._whole(scope, receive, send)
+            return
+        try:
+            answer = await call.answer(scope, receive)
+        except Exception as failure:  # noqa: BLE001 - raised again, where handlers of errors are
+            scope[_FAILURE] = failure
+            await self._whole(scope, receive, send)
+        else:
+            await answer.send(send)
+
+    def _call(self, scope: Scope) -> Call | None:
+        """Return the call that is asked, and tell others of its route as Starlette's router does."""
+        for route, call in self._calls:
+            match, found = route.matches(scope)
+            if match is Match.FULL:
+                scope["route"] = route
+                scope.update(found)
+                return call
+        return None

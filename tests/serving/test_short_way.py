@@ -1,0 +1,120 @@
+"""The short way past Starlette: nobody can tell which way a call went."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from modelcache.serving.short_way import Answer, Call, ShortWayApp
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+    from starlette.types import ASGIApp, Receive, Scope
+
+
+class FaultError(Exception):
+    """What a call may fail with."""
+
+
+async def say(scope: Scope, receive: Receive) -> Answer:
+    """Answer with what Starlette tells an endpoint of its path."""
+    del receive
+    if scope["path_params"]["word"] == "fail":
+        raise FaultError
+    body = f"{scope['path_params']['word']} {scope['route'].path}".encode()
+    return Answer(200, [(b"content-length", b"%d" % len(body))], body)
+
+
+async def other(request: Request) -> Response:
+    return PlainTextResponse(f"other {request.path_params['word']}")
+
+
+def make_app() -> ShortWayApp:
+    return ShortWayApp(routes=[Route("/say/{word}", Call(say), methods=["POST"]), Route("/other/{word}", other)])
+
+
+async def ask(app: ASGIApp, path: str = "/say/hello", method: str = "POST") -> httpx.Response:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
+        return await client.request(method, path)
+
+
+async def test_both_ways_lead_to_the_same_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call is told what Starlette's router tells, and does not need it; other routes do."""
+    short, long = make_app(), make_app()
+    long.add_middleware(BaseHTTPMiddleware, dispatch=pass_on)
+    assert (await ask(short)).content == (await ask(long)).content == b"hello /say/{word}"
+    assert (await ask(short, "/other/x", "GET")).text == "other x"
+
+    async def never(*_: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(short.router, "middleware_stack", never)
+    assert (await ask(short)).status_code == 200
+
+
+async def pass_on(request: Request, call_next: Any) -> Any:
+    return await call_next(request)
+
+
+async def test_middleware_sees_calls() -> None:
+    """Whoever adds some to the app relies on it: it may be what keeps others out."""
+    app = make_app()
+
+    async def refuse(request: Request, call_next: Any) -> Response:
+        return Response(status_code=403)
+
+    app.add_middleware(BaseHTTPMiddleware, dispatch=refuse)
+    assert (await ask(app)).status_code == 403
+
+
+async def test_a_route_that_was_put_before_goes_before() -> None:
+    """As with Starlette, whose routes are tried in order."""
+    app = make_app()
+    app.routes.insert(0, Route("/say/{word}", other, methods=["POST"]))
+    assert (await ask(app)).text == "other hello"
+
+
+@pytest.mark.parametrize(("path", "method", "status"), [("/say/hello", "GET", 405), ("/say", "POST", 404)])
+async def test_what_is_no_call_is_left_to_starlette(path: str, method: str, status: int) -> None:
+    """Methods and paths that are none of a call's are refused as ever."""
+    assert (await ask(make_app(), path, method)).status_code == status
+
+
+async def test_a_call_that_fails_is_answered_by_handlers_of_the_app() -> None:
+    """Those that were added to it, too."""
+    app = make_app()
+
+    async def handle(request: Request, error: Exception) -> Response:
+        return PlainTextResponse(f"{type(error).__name__} {request.path_params['word']}", 418)
+
+    app.add_exception_handler(FaultError, handle)
+    answer = await ask(app, "/say/fail")
+    assert (answer.status_code, answer.text) == (418, "FaultError fail")
+
+
+async def test_a_call_that_nobody_handles_is_told_to_the_server() -> None:
+    """It is what the call failed with, and it fails once."""
+    with pytest.raises(FaultError):
+        await ask(make_app(), "/say/fail")
+
+
+async def test_a_fault_of_the_connection_is_no_fault_of_the_call() -> None:
+    """What fails when the answer is sent is not answered a second time."""
+    started = []
+
+    async def send(message: Any) -> None:
+        started.append(message["type"])
+        raise ConnectionResetError
+
+    async def receive() -> Any:
+        raise AssertionError
+
+    scope: Scope = {"type": "http", "method": "POST", "path": "/say/hello", "headers": []}
+    with pytest.raises(ConnectionResetError):
+        await make_app()(scope, receive, send)
+    assert started == ["http.response.start"]
