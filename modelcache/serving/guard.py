@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from modelcache.serving import access
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Awaitable, Callable, Iterable
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -120,7 +120,7 @@ class _Answer:
         self.complete = False
         self._send = send
 
-    async def send(self, message: Message) -> None:
+    def send(self, message: Message) -> Awaitable[None]:
         if message["type"] == "http.response.start":
             self.status = status = message["status"]
             headers = [*message.get("headers", ()), (b"x-request-id", self.id)]
@@ -129,7 +129,7 @@ class _Answer:
             message["headers"] = headers
         elif message["type"] == "http.response.body":
             self.complete = not message.get("more_body", False)
-        await self._send(message)
+        return self._send(message)
 
 
 async def answer_error(send: Send, status: int, reason: str, *headers: tuple[bytes, bytes]) -> None:

@@ -30,7 +30,7 @@ from modelcache.telemetry.logs import log_events
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Iterator
+    from collections.abc import Awaitable, Callable, Iterator
     from types import FrameType
 
     from starlette.types import ASGIApp, Receive, Scope, Send
@@ -211,9 +211,9 @@ def make_app(registry: ModelRegistry, options: Options, *, management_port: int 
         return public
     managing = _Routes(shown, calls, metrics, options, management=True)
 
-    async def by_port(scope: Scope, receive: Receive, send: Send) -> None:
+    def by_port(scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         app = managing if scope["server"][1] == management_port else public
-        await app(scope, receive, send)
+        return app(scope, receive, send)
 
     return by_port
 
@@ -231,16 +231,17 @@ class _Routes:
         self._metrics = metrics
         self._openapi = JSONResponse(describe(management=management, metrics=metrics is not None))
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path: str = scope["path"]
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        return self._app_of(scope["path"])(scope, receive, send)
+
+    def _app_of(self, path: str) -> ASGIApp:
         if path == "/v2" or path.startswith("/v2/"):
-            await self._open_inference(scope, receive, send)
-        elif path == "/metrics" and self._metrics is not None:
-            await self._metrics(scope, receive, send)
-        elif path == "/openapi.json":
-            await self._openapi(scope, receive, send)
-        else:
-            await self._sagemaker(scope, receive, send)
+            return self._open_inference
+        if path == "/metrics" and self._metrics is not None:
+            return self._metrics
+        if path == "/openapi.json":
+            return self._openapi
+        return self._sagemaker
 
 
 def _metrics(registry: ModelRegistry) -> ASGIApp | None:
