@@ -200,7 +200,7 @@ def _target(fields: Fields) -> str:
 
 def _echo(fields: Fields, headers: list[tuple[bytes, bytes]]) -> None:
     """Send back what the client wants to know its answer by."""
-    headers.extend((field, fields[field]) for field in _ECHOED if field in fields)
+    headers += [(field, fields[field]) for field in _ECHOED if field in fields]
 
 
 def _read_load(body: bytes) -> tuple[str, str]:

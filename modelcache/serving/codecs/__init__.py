@@ -16,7 +16,6 @@ Nothing is guessed that a wrong guess would make a wrong prediction of: no Conte
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from modelcache.serving.codecs import arrow, csv_text, json_text, libsvm, npy, recordio
@@ -56,7 +55,6 @@ MEDIA_TYPES = tuple(_ENCODERS)
 """What answers may be, the first preferred where a client leaves the choice."""
 
 
-@lru_cache(256)
 def decoder_for(content_type: str, index_base: int = 0) -> Decoder:
     """Return what reads bodies of this type; ``index_base`` is the first index of libsvm where the type has none."""
     header = parse_header(content_type)
@@ -69,7 +67,6 @@ def decoder_for(content_type: str, index_base: int = 0) -> Decoder:
     return make(header, index_base)
 
 
-@lru_cache(256)
 def encoder_for(accept: str | None, default: str, *, bare_json: bool = False) -> Encoder:
     """Return what writes answers as ``accept`` asks, and in the type ``default`` where it leaves the choice.
 
