@@ -19,8 +19,8 @@ from math import ceil
 from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote
 
-from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.routing import Route
 
 from modelcache import (
@@ -41,18 +41,21 @@ from modelcache.serving.errors import RequestError
 from modelcache.serving.offering import lists
 from modelcache.serving.open_inference_messages import OUTPUTS, decode_request, encode_response, parse_object
 from modelcache.serving.open_inference_responses import ERROR_HANDLERS, HEADER_LENGTH, infer_response, json_response
+from modelcache.serving.short_way import Answer, Call, ShortWayApp
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
     import numpy as np
     from numpy.typing import NDArray
-    from starlette.requests import Request
+    from starlette.applications import Starlette
     from starlette.responses import Response
+    from starlette.types import Receive, Scope
 
     from modelcache import ModelInfo, ModelRegistry
     from modelcache.serving.open_inference_messages import InferRequest, WantedOutput
 
+    Predicted = tuple[ModelInfo, list[NDArray[np.float32]]]
     Handler = Callable[[Request, str, str | None], Awaitable[Response]]
 
 logger = logging.getLogger("modelcache.serving")
@@ -73,7 +76,7 @@ def open_inference(
     """
     app = _App(registry, management=management, max_body_bytes=max_body_bytes, max_rows=max_rows)
     routes = [
-        Route("/v2/models/{target:path}", app.model, methods=["GET", "POST"]),  # first: routes are tried in order
+        Route("/v2/models/{target:path}", Call(app.model), methods=["GET", "POST"]),  # first: routes are tried in order
         Route("/v2", app.server),
         Route("/v2/health/live", app.live),
         Route("/v2/health/ready", app.ready),
@@ -84,7 +87,7 @@ def open_inference(
             Route("/v2/repository/models/{name:path}/load", app.load, methods=["POST"]),
             Route("/v2/repository/models/{name:path}/unload", app.unload, methods=["POST"]),
         ]
-    return Starlette(routes=routes, exception_handlers=ERROR_HANDLERS)
+    return ShortWayApp(routes=routes, exception_handlers=ERROR_HANDLERS)
 
 
 class _App:
@@ -119,14 +122,16 @@ class _App:
 
     # One model
 
-    async def model(self, request: Request) -> Response:
+    async def model(self, scope: Scope, receive: Receive) -> Answer:
         """Do what the end of the path says."""
+        request = Request(scope, receive)
         name, version, verb = split_target(_quoted_target(request))
-        note_model(request.scope, name)
+        note_model(scope, name)
         method, handler = self._verbs[verb]
         if request.method != method and (request.method, method) != ("HEAD", "GET"):
             raise HTTPException(405, f"{request.url.path} takes {method}.", headers={"Allow": method})
-        return await handler(request, name, version)
+        response = await handler(request, name, version)
+        return Answer(response.status_code, response.raw_headers, bytes(response.body))
 
     async def _infer(self, request: Request, name: str, version: str | None) -> Response:
         call = await self._read_call(request)
@@ -152,9 +157,7 @@ class _App:
         check_rows(call.row_count, self._max_rows)
         return call
 
-    async def _infer_in_time(
-        self, call: InferRequest, name: str, version: str | None
-    ) -> tuple[ModelInfo, list[NDArray[np.float32]]]:
+    async def _infer_in_time(self, call: InferRequest, name: str, version: str | None) -> Predicted:
         try:
             async with asyncio.timeout(call.timeout) as limit:
                 return await self._infer_with(call, name, version)
@@ -165,9 +168,7 @@ class _App:
                 f"The {call.timeout:g} s that the request's parameter 'timeout' gives {name} have passed.", model=name
             ) from error
 
-    async def _infer_with(
-        self, call: InferRequest, name: str, version: str | None
-    ) -> tuple[ModelInfo, list[NDArray[np.float32]]]:
+    async def _infer_with(self, call: InferRequest, name: str, version: str | None) -> Predicted:
         """Answer by one version of the model, whatever is loaded meanwhile."""
         async with self._registry.acquire(name) as lease:
             info = _check_version(lease.model, name, version)
