@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from starlette.applications import Starlette
-from starlette.routing import Match, Route
+from starlette.routing import Route
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator
@@ -51,7 +51,8 @@ class Call:
 class ShortWayApp(Starlette):
     """Starlette; the routes of calls are taken past it if they come first, and no middleware was added.
 
-    A call that fails goes the long way, with its failure: handlers of errors answer it there, whoever added them.
+    Parameters in their paths have to be text, ``{name}`` or ``{name:path}``: nothing converts them on the short way. A
+    call that fails goes the long way, with its failure: handlers of errors answer it there, whoever added them.
     """
 
     def build_middleware_stack(self) -> ASGIApp:
@@ -87,10 +88,22 @@ class _ShortWay:
 
     def _call(self, scope: Scope) -> Call | None:
         """Return the call that is asked, and tell others of its route as Starlette's router does."""
+        if scope["type"] != "http":
+            return None
+        path, method = _path_below_mount(scope), scope["method"]
         for route, call in self._calls:
-            match, found = route.matches(scope)
-            if match is Match.FULL:
-                scope["route"] = route
-                scope.update(found)
+            found = route.path_regex.match(path)
+            if found is not None and route.methods and method in route.methods:
+                scope["route"], scope["endpoint"] = route, call
+                scope["path_params"] = {**scope.get("path_params", {}), **found.groupdict()}
                 return call
         return None
+
+
+def _path_below_mount(scope: Scope) -> str:
+    """Return the path that Starlette's routes are matched with."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    if root and (path == root or path.startswith(f"{root}/")):
+        return path[len(root) :]
+    return path

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import httpx
 import pytest
+from starlette.applications import Starlette
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.responses import PlainTextResponse, Response
-from starlette.routing import Route
+from starlette.routing import Mount, Route
 
 from modelcache.serving.short_way import Answer, Call, ShortWayApp
 
@@ -38,8 +40,9 @@ def make_app() -> ShortWayApp:
     return ShortWayApp(routes=[Route("/say/{word}", Call(say), methods=["POST"]), Route("/other/{word}", other)])
 
 
-async def ask(app: ASGIApp, path: str = "/say/hello", method: str = "POST") -> httpx.Response:
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
+async def ask(app: ASGIApp, path: str = "/say/hello", method: str = "POST", root_path: str = "") -> httpx.Response:
+    transport = httpx.ASGITransport(app, root_path=root_path)
+    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
         return await client.request(method, path)
 
 
@@ -59,6 +62,43 @@ async def test_both_ways_lead_to_the_same_answer(monkeypatch: pytest.MonkeyPatch
 
 async def pass_on(request: Request, call_next: Any) -> Any:
     return await call_next(request)
+
+
+@pytest.mark.parametrize(
+    ("root_path", "path", "status"),
+    [
+        ("/below", "/below/say/hello", 200),
+        ("/below", "/say/hello", 200),
+        ("/sa", "/say/hello", 200),
+        ("/say", "/say/hello", 404),
+        ("/say/hello", "/say/hello", 404),
+        ("/below/", "/below/say/hello", 404),
+        ("", "/say/hello/", 307),
+        ("", "/say/hel\nlo", 200),
+        ("", "/say/hello\n", 200),
+    ],
+)
+async def test_both_ways_begin_where_the_app_is_mounted(root_path: str, path: str, status: int) -> None:
+    """What a proxy, or another app, has taken off the path is none of the route's, and the rest is read alike."""
+    short, long = make_app(), make_app()
+    long.add_middleware(BaseHTTPMiddleware, dispatch=pass_on)
+    answers = [await ask(app, quote(path), root_path=root_path) for app in (short, long)]
+    assert answers[0].content == answers[1].content
+    assert [answer.status_code for answer in answers] == [status, status]
+
+
+async def test_a_call_is_told_what_the_mount_has_read() -> None:
+    """Parameters in the path of a mount are beside those of the route."""
+    seen: list[dict[str, str]] = []
+
+    async def note(scope: Scope, receive: Receive) -> Answer:
+        del receive
+        seen.append(scope["path_params"])
+        return Answer(204, [], b"")
+
+    app = ShortWayApp(routes=[Route("/say/{word}", Call(note), methods=["POST"])])
+    await ask(Starlette(routes=[Mount("/of/{tenant}", app)]), "/of/a/say/b")
+    assert seen == [{"tenant": "a", "word": "b"}]
 
 
 async def test_middleware_sees_calls() -> None:
