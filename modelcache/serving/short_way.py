@@ -38,6 +38,7 @@ class Call:
 
     def __init__(self, answer: Callable[[Scope, Receive], Awaitable[Answer]]) -> None:
         self.answer = answer
+        self.__name__ = answer.__name__  # by which Starlette names the route, for url_path_for
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer; or fail as it failed on the short way."""

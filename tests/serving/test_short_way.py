@@ -125,6 +125,11 @@ async def test_what_is_no_call_is_left_to_starlette(path: str, method: str, stat
     assert (await ask(make_app(), path, method)).status_code == status
 
 
+def test_a_route_has_the_name_of_what_it_calls() -> None:
+    """As with the functions that Starlette takes."""
+    assert make_app().url_path_for("say", word="x") == "/say/x"
+
+
 async def test_a_call_that_fails_is_answered_by_handlers_of_the_app() -> None:
     """Those that were added to it, too."""
     app = make_app()
