@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import socket
 from typing import TYPE_CHECKING
 
@@ -20,13 +21,17 @@ class Inbox:
         self._start = self._end = 0
         self._view = memoryview(bytearray(wire.PAYLOAD_LIMIT + (256 << 10)))
         self._wanted = header.size
+        self._arrival = select.poll()
+        self._arrival.register(sock, select.POLLIN)
 
     def fill(self, *, wait: bool) -> bool:
         """Receive what is there, waiting for the first byte if asked to; False at end of file."""
         self._make_room()
+        if wait:
+            # Not in recv(): on Linux, who waits there is woken up as well when the other side has read what was sent.
+            self._arrival.poll()
         try:
-            flags = 0 if wait else socket.MSG_DONTWAIT
-            received = self._sock.recv_into(self._view[self._end :], 0, flags)
+            received = self._sock.recv_into(self._view[self._end :], 0, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return True
         self._end += received
