@@ -1,7 +1,8 @@
 """A lane as the parent sees it: an ``asyncio.BufferedProtocol`` that writes and reads frames.
 
 Writes are coalesced: the first frame of a loop tick goes out at once, for the sake of the lone caller, and what
-follows in the same tick leaves in one write at its end. What is large does not wait that long: only what the transport
+follows in the same tick leaves in one write at its end. After a tick of several the first waits as well: it would wake
+the worker up for one call, with others right behind it. What is large does not wait that long: only what the transport
 holds counts towards back-pressure.
 
 What arrives is read into a buffer of ours: asyncio would make one of 256 KiB for each read.
@@ -34,6 +35,10 @@ class Channel(asyncio.BufferedProtocol, ABC):
         self._corked = False
         self._outbox: list[bytes] = []
         self._outbox_bytes = 0
+        self._frames = 0
+        """Sent in this tick."""
+        self._crowded = False
+        """Several were sent in the last tick in which any were."""
         self._buffer = memoryview(bytearray(_BUFFER))
         self._filled = 0
         self._wanted = header.size
@@ -58,14 +63,21 @@ class Channel(asyncio.BufferedProtocol, ABC):
 
     def send(self, frame: bytes) -> None:
         """Write ``frame`` at the latest at the end of this tick, without waiting; in vain once the lane has ended."""
+        self._frames += 1
         if self._corked:
-            self._outbox.append(frame)
-            self._outbox_bytes += len(frame)
-            if self._outbox_bytes > _OUTBOX_LIMIT:
-                self._empty_outbox()
+            self._hold(frame)
             return
         self.cork()
-        self._write(frame)
+        if self._crowded:
+            self._hold(frame)
+        else:
+            self._write(frame)
+
+    def _hold(self, frame: bytes) -> None:
+        self._outbox.append(frame)
+        self._outbox_bytes += len(frame)
+        if self._outbox_bytes > _OUTBOX_LIMIT:
+            self._empty_outbox()
 
     def cork(self) -> None:
         """Hold back what is sent until the end of this tick, to let it leave in one write."""
@@ -75,6 +87,8 @@ class Channel(asyncio.BufferedProtocol, ABC):
 
     def _uncork(self) -> None:
         self._corked = False
+        if self._frames:
+            self._crowded, self._frames = self._frames > 1, 0
         if self._outbox:
             self._empty_outbox()
 

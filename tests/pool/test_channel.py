@@ -126,8 +126,31 @@ async def test_the_first_frame_of_a_tick_leaves_at_once_and_the_rest_in_one_writ
     assert transport.writes == [b"0"]
     await settle(1)
     assert transport.writes == [b"0", b"1234"]
-    channel.send(b"5")
-    assert transport.writes == [b"0", b"1234", b"5"]
+
+
+async def test_after_a_tick_of_several_frames_the_first_waits_for_the_others(transport: FakeTransport) -> None:
+    """Where calls come in crowds, the worker is woken up once for all of a tick; a lone one is sent at once again."""
+    channel = Recorder()
+    channel.connection_made(transport)
+    for sent, expected in [(b"ab", [b"a", b"b"]), (b"cde", [b"cde"]), (b"f", [b"f"]), (b"g", [b"g"])]:
+        transport.writes.clear()
+        for frame in sent:
+            channel.send(bytes([frame]))
+        at_once = transport.writes[:]
+        await settle(2)
+        assert transport.writes == expected
+        assert at_once == ([] if sent in (b"cde", b"f") else expected[:1])
+
+
+async def test_one_answer_to_many_is_no_crowd(transport: FakeTransport) -> None:
+    """A tick is crowded by what is sent in it, not by what was expected."""
+    channel = Recorder()
+    channel.connection_made(transport)
+    channel.cork()
+    channel.send(b"a")
+    await settle(2)
+    channel.send(b"b")
+    assert transport.writes == [b"a", b"b"]
 
 
 async def test_a_corked_lane_writes_once(transport: FakeTransport) -> None:
@@ -164,6 +187,8 @@ async def test_what_waits_for_the_end_of_the_tick_is_never_much(transport: FakeT
     await settle(1)
     assert b"".join(transport.writes) == b"".join(frames)
     assert len(transport.writes) <= min(len(frames), 4), "the first, two beyond the mark, and the rest"
+    channel.send(b"lone")
+    await settle(2)
     channel.send(frames[0])
     channel.send(frames[0][:1])
     assert transport.writes[-1] == frames[0], "what has left counts no more"

@@ -414,6 +414,7 @@ async def test_a_slot_of_a_cancelled_call_is_the_workers_until_it_says_so(lane: 
     """Its worker may be reading it: what comes next must not be written over it."""
     for kind in (wire.SKIPPED, wire.SHARED):
         number, _ = lane.predict(MANY)
+        await settle(2)
         slot = wire.REQUEST.unpack_from(lane.transport.writes[-1])[3]
         lane.channel.cancel(number)
         await settle(2)
