@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import socket
 from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from modelcache.serving.heads import HeadHolder
 from modelcache.serving.refusals import RefusedError
 
 if TYPE_CHECKING:
@@ -124,6 +125,7 @@ class Connection(HttpToolsProtocol):
             self._heading = False
             return
         super().on_headers_complete()  # which may find that the URL is none
+        self.cycle.transport = cast("asyncio.Transport", HeadHolder(self.transport, self.loop))
         self._heading = False
         self.headers = []  # trailers go here: they are none of those by which the request was let in
         if not self.pipeline:
