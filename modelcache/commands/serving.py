@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 __all__ = ["Limits", "Options", "log_to_stderr", "read_tokens", "run"]
+
+_COLLECT_EVERY = 20_000
+"""Objects that garbage collection waits for. By itself it looks for cycles after 700, as many as 30 requests in flight
+take, and finds none: 5 % of the server's time."""
 
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -50,6 +55,8 @@ def run(
     allow_many_connections()
 
     def announce() -> None:
+        gc.freeze()  # what is imported and made by now stays, and need not be looked at again
+        gc.set_threshold(_COLLECT_EVERY)
         console.print(_describe(store, registry, listeners, options), soft_wrap=True)
 
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
