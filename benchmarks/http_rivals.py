@@ -135,7 +135,14 @@ class Serve(Served):
     """The command, with all options at their defaults."""
 
     label = "modelcache serve"
-    command = ("-m", "modelcache", "serve")
+    command: ClassVar[tuple[str, ...]] = ("-m", "modelcache", "serve")
+
+
+class ServeAuto(Serve):
+    """The command with a second engine for what is asked often."""
+
+    label = "modelcache serve --engine auto"
+    command = (*Serve.command, "--engine", "auto")
 
 
 class ByHand(Served):
@@ -192,6 +199,7 @@ class Inside(ModelCache):
 
 RIVALS: dict[str, type[Rival]] = {
     "modelcache-serve": Serve,
+    "modelcache-serve-auto": ServeAuto,
     "by-hand": ByHand,
     "http-echo": Echo,
     "relayed-echo": RelayedEcho,

@@ -143,6 +143,7 @@ def serve(
     port: given.Port = 8080,
     memory_budget: given.MemoryBudget = None,
     workers: given.Workers = None,
+    engine: given.Engine = given.EngineKind.xgboost,
     disk_cache: given.DiskCache = None,
     refresh_after: given.RefreshAfter = None,
     preload: given.Preload = None,
@@ -168,7 +169,8 @@ def serve(
         raise typer.BadParameter("--management-port and --no-management exclude each other.")
     serving.log_to_stderr(log_level.value, access=access_log, as_json=log_format is given.LogFormat.json)
     registry_options = {
-        "memory_budget": memory_budget, "workers": workers, "disk_cache": disk_cache, "refresh_after": refresh_after,
+        "memory_budget": memory_budget, "workers": workers, "engine": engine.value, "disk_cache": disk_cache,
+        "refresh_after": refresh_after,
     }  # fmt: skip
     options = serving.Options(
         tokens=None if token_file is None else serving.read_tokens(token_file),

@@ -9,6 +9,13 @@ import typer
 from modelcache.sizing import parse_bytes
 
 
+class EngineKind(StrEnum):
+    """What predicts."""
+
+    xgboost = "xgboost"
+    auto = "auto"
+
+
 class LogFormat(StrEnum):
     """How a line of the log is written."""
 
@@ -44,6 +51,9 @@ Host = Annotated[str, typer.Option(help="The address to listen on.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")]
 MemoryBudget = Annotated[int | None, _bytes("For all models in memory, as '2 GiB'; by default half of what is free.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Worker processes; by default one a core.")]
+Engine = Annotated[
+    EngineKind, typer.Option(help="auto: ONNX Runtime answers calls of few rows of models that are asked often.")
+]
 DiskCache = Annotated[Path | None, typer.Option(metavar="DIR", help="Keep copies of remote artifacts here.")]
 RefreshAfter = Annotated[float | None, _seconds("Ask the store for new versions of models older than this.")]
 Preload = Annotated[

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import boto3  # type: ignore[import-untyped]
 import numpy as np
+import psutil
 import pytest
 
 import zoo
@@ -98,6 +99,16 @@ def test_both_protocols_are_served(server: Served) -> None:
     assert [server.ask("GET", path).status for path in ("/ping", "/v2/health/ready", "/openapi.json")] == [200] * 3
     assert b"modelcache_" in server.ask("GET", "/metrics").body
     assert server.ask("GET", "/nowhere").status == 404
+
+
+def test_the_second_engine_can_be_had(store: Path) -> None:
+    """A model that is asked often enough is answered by ONNX Runtime, which its worker loads for that."""
+    with serving(store, "--engine", "auto") as server:
+        (worker,) = psutil.Process(server.process.pid).children()
+        while not any("onnxruntime" in mapped.path for mapped in worker.memory_maps()):
+            called = server.ask("POST", "/models/tenant_a/m/invoke", ROW, content_type=CSV)
+        called = server.ask("POST", "/models/tenant_a/m/invoke", ROW, content_type=CSV)
+        assert (called.status, called.json) == (200, [pytest.approx(expected())])
 
 
 def test_request_ids_are_echoed_by_both(server: Served) -> None:
