@@ -5,13 +5,15 @@ The steps, each of which may fail or be cancelled, and then gives back what thos
 1. for an archive from the store, send its first chunk to a worker, which answers how large the model in it is;
 2. claim bytes from the ledger; only now, when the load is known to be possible, may others be evicted for it;
 3. stream the rest to the worker as it comes, growing the claim if the artifact is larger than it announced;
-4. when the worker has loaded and measured it, settle the claim and hand a lease to each waiter, in one step.
+4. let the worker parse it, in turn with others where there are calls to be answered;
+5. when the worker has loaded and measured it, settle the claim and hand a lease to each waiter, in one step.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from modelcache.cache.entry import Entry
@@ -20,11 +22,13 @@ from modelcache.cache.sizes import Bounds
 from modelcache.errors import ModelTooLargeError, StoreUnavailableError
 from modelcache.history import Took
 from modelcache.origin import Saving
+from modelcache.pool.turns import BRIEF
 from modelcache.residency import Place, Residency, Resident
 from modelcache.stores.disk_tier import DiskCopy
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
     from modelcache.cache.claims import Claim
@@ -126,8 +130,12 @@ class Attempt:
     async def load(self) -> None:
         """Load the model and give everyone who waits a lease."""
         await self._prepare()
-        await self._stream()
-        facts = await self._outcome()
+        last = await self._stream()
+        asked = time.perf_counter()
+        async with self._turn():
+            self._queued += time.perf_counter() - asked
+            self._finish(last)
+            facts = await self._outcome()
         took = Took(facts.size, facts.unpacked_bytes)
         self._state.history.measured(self._flight.key, self._source.version, took)
         self._state.sizes.learn(self._kind, unpacked=took.unpacked, measured=took.size)
@@ -277,8 +285,8 @@ class Attempt:
         self._downloading = self._elapsed()
         await self._loading.feed(chunk)
 
-    async def _stream(self) -> None:
-        """Pass the chunks on as they come; all of them, or the load fails."""
+    async def _stream(self) -> bytes:
+        """Pass the chunks on as they come, all of them, or the load fails; return what is to be sent with the end."""
         loading, size = self._loading, self._source.size
         assert loading is not None
         if self._held_back:
@@ -291,11 +299,23 @@ class Attempt:
             await self._feed(chunk)
             await self._satisfy()
             if loading.decided:
-                return
+                return b""
         self._check_complete()
+        return last
+
+    def _turn(self) -> AbstractAsyncContextManager[None]:
+        """Return what lets the worker parse a small model when it is its turn."""
+        assert self._flight.claim is not None
+        return self._pool.turns.turn() if self._flight.claim.bytes <= BRIEF else nullcontext()
+
+    def _finish(self, last: bytes) -> None:
+        """Let the worker parse the model, and try it on the row of a call that waits for it."""
+        assert self._loading is not None
+        if self._loading.decided:
+            return
         call = self._flight.call
         self._ahead = call if call is not None and not call.expired else None
-        loading.finish(last, self._ahead.matrix if self._ahead is not None else None)
+        self._loading.finish(last, self._ahead.matrix if self._ahead is not None else None)
 
     def _check_complete(self) -> None:
         """Refuse what is shorter than announced; a copy is checked by the worker, which reads it."""

@@ -119,8 +119,10 @@ class ModelRegistry:
             retain=retain,
             clock=clock,
         )
+        cores = usable_cores()
         self._pool = Pool(
-            workers or usable_cores(),
+            workers or cores,
+            cores=cores,
             threads=threads_per_worker,
             predictor=predictor,
             lost=self._worker_lost,

@@ -15,6 +15,7 @@ from modelcache.pool.artifacts import ArtifactChannel, Loading
 from modelcache.pool.lost import Epitaph, WorkerLostError
 from modelcache.pool.process import Lanes, Process, start_process
 from modelcache.pool.requests import RequestChannel
+from modelcache.pool.turns import Turns
 from modelcache.records import WorkerStats
 from modelcache.stats import Histogram
 
@@ -228,7 +229,7 @@ class Worker:
 
 
 class Pool:
-    """A fixed number of workers.
+    """``size`` workers, on so many usable ``cores``.
 
     ``lost(worker, epitaph)`` is called when one has ended, ``unloaded(worker, model)`` when one has freed a model,
     ``checked()`` after each look at all of them, every ``patience / 4`` seconds.
@@ -240,6 +241,7 @@ class Pool:
         self,
         size: int,
         *,
+        cores: int,
         threads: int,
         predictor: str,
         lost: Callable[[Worker, Epitaph], None],
@@ -253,6 +255,7 @@ class Pool:
         self._every: WeakSet[Worker] = WeakSet()
         """Those that are starting, too."""
         self.restarts = 0
+        self.turns = Turns(max(1, cores - 1), self._is_asked)
         self._threads = threads
         self._predictor = predictor
         self._lost = lost
@@ -266,6 +269,9 @@ class Pool:
         self._broken: ModelCacheError | None = None
         self._closing = asyncio.Event()
         self._checking: asyncio.TimerHandle | None = None
+
+    def _is_asked(self) -> bool:
+        return any(worker.requests.is_asked for worker in self.workers)
 
     async def start(self) -> None:
         """Start all workers; if one cannot start, none stays, and it can be tried again."""

@@ -41,6 +41,9 @@ _one_float = Struct("f").unpack_from
 _FLOAT32 = np.dtype(np.float32)
 """Made once: NumPy would look it up for each answer, which takes as long as reading that."""
 
+_MOMENT = 0.01
+"""Seconds: who waits for an answer to ask the next is there again sooner."""
+
 _RECENT = 1.0
 """Seconds: the rate of answers is that of no more than the last few of these."""
 
@@ -207,6 +210,11 @@ class RequestChannel(Channel):
         self._parts += 1
         self.send(_header(0, wire.PING, 0, 0, number, 0, 0, 0, 0.0))
         return future
+
+    @property
+    def is_asked(self) -> bool:
+        """True while calls are under way, and a moment longer: those who ask one after another are about to."""
+        return bool(self.pending) or monotonic() - self._read_at < _MOMENT
 
     @property
     def waiting(self) -> int:

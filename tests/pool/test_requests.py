@@ -301,6 +301,19 @@ async def test_before_the_first_answer_the_oldest_calls_age_is_what_there_is(lan
     assert lane.channel.expected_wait() == 3
 
 
+async def test_a_lane_is_asked_until_a_moment_after_the_last_answer(lane: Lane, clock: FakeClock) -> None:
+    """Between two calls of the same client there is none, and yet loads are to take turns."""
+    clock.advance(1)
+    assert not lane.channel.is_asked
+    number, _ = lane.predict()
+    clock.advance(1)
+    assert lane.channel.is_asked
+    deliver(lane.channel, lane.answer(number, np.zeros(2)))
+    assert lane.channel.is_asked
+    clock.advance(1)
+    assert not lane.channel.is_asked
+
+
 async def test_a_ping_is_answered_like_a_call(lane: Lane) -> None:
     """Rule P2: a PONG is the sign of life of the worker's main thread."""
     ping = lane.channel.ping()
