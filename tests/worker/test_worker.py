@@ -796,7 +796,9 @@ def test_a_worker_holds_no_descriptor_but_its_lanes(odd_worker: LoneWorker) -> N
 def test_the_loader_gives_way_to_calls(xgboost_worker: LoneWorker) -> None:
     """The thread that answers calls keeps the priority of the app, the other has less."""
     pid, ours = xgboost_worker.process.pid, os.getpriority(os.PRIO_PROCESS, 0)
-    threads = {int(entry.name) for entry in Path(f"/proc/{pid}/task").iterdir()}
-    loaders = {thread for thread in threads if os.getpriority(os.PRIO_PROCESS, thread) > ours}
+    loaders: set[int] = set()
+    while not loaders:  # it may not have got so far
+        threads = {int(entry.name) for entry in Path(f"/proc/{pid}/task").iterdir()}
+        loaders = {thread for thread in threads if os.getpriority(os.PRIO_PROCESS, thread) > ours}
     assert pid not in loaders
     assert len(loaders) == 1
