@@ -163,6 +163,7 @@ class Connection(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """Go on with the next request, as uvicorn does, but without a timer: ``check`` ends idle connections."""
+        self._release_head()  # of an answer without a body
         self.server_state.total_requests += 1
         self._answering = None
         if not self._partial:
@@ -181,6 +182,7 @@ class Connection(HttpToolsProtocol):
 
         Those that have gone end theirs, too, but then reset the connection when they are sent something.
         """
+        self._release_head()
         if self._idle or self.cycle.more_body:
             return False
         self._ended = True
@@ -198,6 +200,11 @@ class Connection(HttpToolsProtocol):
                 self._answering.cancel()
         if self._drain.begun and not self.connections:
             self._drain.gone.set()
+
+    def _release_head(self) -> None:
+        """Let nothing overtake what an app has begun to answer."""
+        if self._answered is not None:
+            cast("HeadHolder", self._answered.transport).release()
 
     # What is refused
 
@@ -261,6 +268,7 @@ class Connection(HttpToolsProtocol):
             self._since = inf
             return
         self._since = self.loop.time()
+        self._release_head()
         if self._heading or not self._partial or not cycle.response_started:
             self.transport.write(error.answer())
         if not self._idle:

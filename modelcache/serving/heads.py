@@ -11,9 +11,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import asyncio
 
+_GO_ON = b"HTTP/1.1 100 "
+"""How what is no answer yet begins."""
+_COPIED = 64 << 10
+"""Bytes of a body that are copied to travel with the head."""
+
 
 class HeadHolder:
-    """The transport of one answer: keeps what is written first until more is, or until the end of the tick."""
+    """The transport of one answer: keeps its head until some of the body is there, or until the end of the tick.
+
+    Whoever writes past it, or ends the connection, calls ``release`` before.
+    """
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
         self._transport = transport
@@ -23,21 +31,26 @@ class HeadHolder:
 
     def write(self, data: bytes) -> None:
         """Send ``data``, sooner or later."""
-        if self._begun:
-            head, self._head = self._head, b""
-            self._transport.write(head + data if head else data)
-        else:
+        if not self._begun and not data.startswith(_GO_ON):
             self._begun, self._head = True, data
-            self._loop.call_soon(self._release)
+            self._loop.call_soon(self.release)
+        elif self._head and len(data) <= _COPIED:
+            head, self._head = self._head, b""
+            self._transport.write(head + data)
+        else:
+            self.release()
+            self._transport.write(data)
+
+    def release(self) -> None:
+        """Send what is kept."""
+        head, self._head = self._head, b""
+        if head:
+            self._transport.write(head)
 
     def close(self) -> None:
         """End the connection behind what was written."""
-        self._release()
+        self.release()
         self._transport.close()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
-
-    def _release(self) -> None:
-        if self._head:
-            self.write(b"")

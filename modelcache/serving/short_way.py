@@ -14,8 +14,8 @@ from starlette.routing import Route
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator
 
-    from starlette.routing import BaseRoute
-    from starlette.types import ASGIApp, Receive, Scope, Send
+    from starlette.routing import BaseRoute, Router
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _FAILURE = "modelcache.failure"
 
@@ -59,7 +59,7 @@ class ShortWayApp(Starlette):
     def build_middleware_stack(self) -> ASGIApp:
         """Return the app without the short way, or with it."""
         whole = super().build_middleware_stack()
-        return whole if self.user_middleware else _ShortWay(list(_leading_calls(self.routes)), whole)
+        return whole if self.user_middleware else _ShortWay(self.router, whole)
 
 
 def _leading_calls(routes: Iterable[BaseRoute]) -> Iterator[tuple[Route, Call]]:
@@ -70,20 +70,24 @@ def _leading_calls(routes: Iterable[BaseRoute]) -> Iterator[tuple[Route, Call]]:
 
 
 class _ShortWay:
-    def __init__(self, calls: list[tuple[Route, Call]], whole: ASGIApp) -> None:
-        self._calls = calls
+    def __init__(self, router: Router, whole: ASGIApp) -> None:
+        self._router = router
         self._whole = whole
+        self._routes: list[BaseRoute] = []
+        """Those that were there when it was last looked which are calls."""
+        self._calls: list[tuple[Route, Call]] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         call = self._call(scope)
         if call is None:
             await self._whole(scope, receive, send)
             return
+        body = _Body(receive)
         try:
-            answer = await call.answer(scope, receive)
+            answer = await call.answer(scope, body.receive)
         except Exception as failure:  # noqa: BLE001 - raised again, where handlers of errors are
             scope[_FAILURE] = failure
-            await self._whole(scope, receive, send)
+            await self._whole(scope, body.receive_rest, send)
         else:
             await answer.send(send)
 
@@ -91,6 +95,9 @@ class _ShortWay:
         """Return the call that is asked, and tell others of its route as Starlette's router does."""
         if scope["type"] != "http":
             return None
+        if self._routes != self._router.routes:
+            self._routes = [*self._router.routes]
+            self._calls = list(_leading_calls(self._routes))
         path, method = _path_below_mount(scope), scope["method"]
         for route, call in self._calls:
             found = route.path_regex.match(path)
@@ -99,6 +106,26 @@ class _ShortWay:
                 scope["path_params"] = {**scope.get("path_params", {}), **found.groupdict()}
                 return call
         return None
+
+
+class _Body:
+    """Knows whether the body was read, which is known by nobody else on the long way."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._is_read = False
+
+    async def receive(self) -> Message:
+        """Return the next of it."""
+        message = await self._receive()
+        self._is_read = not message.get("more_body", False)
+        return message
+
+    async def receive_rest(self) -> Message:
+        """Return the next of what was not read; as Starlette does, refuse to wait for what will never come."""
+        if self._is_read:
+            raise RuntimeError("The body was read by the endpoint already.")
+        return await self.receive()
 
 
 def _path_below_mount(scope: Scope) -> str:

@@ -12,6 +12,7 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Mount, Route
 
+from modelcache.serving.bodies import fields_of, receive_body
 from modelcache.serving.short_way import Answer, Call, ShortWayApp
 
 if TYPE_CHECKING:
@@ -163,3 +164,32 @@ async def test_a_fault_of_the_connection_is_no_fault_of_the_call() -> None:
     with pytest.raises(ConnectionResetError):
         await make_app()(scope, receive, send)
     assert started == ["http.response.start"]
+
+
+async def test_a_handler_that_reads_what_was_read_is_not_kept_waiting() -> None:
+    """As Starlette says it: the body has gone. What the call did not read is there."""
+    app = make_app()
+
+    async def read(request: Request, error: Exception) -> Response:
+        del error
+        return Response(await request.body())
+
+    app.add_exception_handler(FaultError, read)
+    assert (await ask(app, "/say/fail")).content == b""
+    app = ShortWayApp(routes=[Route("/read", Call(read_and_fail), methods=["POST"])])
+    app.add_exception_handler(FaultError, read)
+    with pytest.raises(RuntimeError, match="read by the endpoint already"):
+        await ask(app, "/read")
+
+
+async def read_and_fail(scope: Scope, receive: Receive) -> Answer:
+    await receive_body(receive, fields_of(scope), 100)
+    raise FaultError
+
+
+async def test_routes_may_come_later() -> None:
+    """Those that come first are asked first, whenever they came."""
+    app = make_app()
+    assert (await ask(app)).text == "hello /say/{word}"
+    app.router.routes.insert(0, Route("/say/{word}", other, methods=["POST"]))
+    assert (await ask(app)).text == "other hello"
