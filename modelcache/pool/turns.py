@@ -59,7 +59,8 @@ class Turns:
                 self._line.remove(promise)
 
     def _call_next(self) -> None:
-        while self._line:
+        """Give a turn to the next, if there is one: who has lost patience has taken one more than there are."""
+        while self._line and self._taken < self._count:
             promise = self._line.popleft()
             if not promise.done():
                 promise.set_result(None)

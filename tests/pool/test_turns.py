@@ -106,6 +106,26 @@ async def test_a_parse_that_never_ends_keeps_the_others_for_a_moment(monkeypatch
     await asyncio.gather(*tasks)
 
 
+async def test_who_has_lost_patience_makes_no_more_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise each of them would let one more be parsed at once, until nobody waits any more."""
+    monkeypatch.setattr("modelcache.pool.turns._PATIENCE", 0.0)
+    parses = Parses(Turns(1, lambda: True))
+    tasks = [parses.begin(number) for number in range(2)]
+    while len(parses.running) < 2:
+        await asyncio.sleep(0)
+    monkeypatch.setattr("modelcache.pool.turns._PATIENCE", 1000.0)
+    tasks.append(parses.begin(2))
+    await settle()
+    parses.ends[0].set()
+    await settle()
+    assert parses.running == [1]
+    parses.ends[1].set()
+    await settle()
+    assert parses.running == [2]
+    parses.ends[2].set()
+    await asyncio.gather(*tasks)
+
+
 async def test_loads_take_turns_while_calls_wait(
     make_registry: MakeRegistry, monkeypatch: pytest.MonkeyPatch, patience: None
 ) -> None:
