@@ -155,18 +155,24 @@ def _findings(results: dict[str, Any]) -> list[str]:
     one, two = found["hot", YARDSTICK], found["hot", CANDIDATE]
     copy, rounds = max(heat["bytes"] for heat in results["heated"]), len(results["heated"])
     without = sum(not heat["copies"] for heat in results["heated"])
-    usable = results["machine"]["usable_cores"]
-    parent, workers = (two[share]["median"] for share in _SHARES)
-    alone, left = one["workers_share"]["median"], usable - parent
-    dearer = two["cpu_per_call"]["median"] / one["cpu_per_call"]["median"]
-    budget = (
-        f"With 1 worker that one uses {alone:.0%} of a processor and the app's process "
-        f"{one['parent_share']['median']:.0%}. With 2 they use {workers:.0%} and {parent:.0%} of the {usable} usable: "
-        f"{left:.2f} are left for workers. If a call took no more of a processor's time than with 1 worker, they could "
-        f"answer {left / alone:.2f} times the calls; it takes {dearer:.2f} times as much."
-    )
     made = f"The copy takes {copy:,} bytes; in {without} of {rounds} rounds there was none."
-    return [*map(claim_line, results["claims"]), made, budget]
+    return [*map(claim_line, results["claims"]), made, processor_line(one, two, results["machine"]["usable_cores"])]
+
+
+def processor_line(one: dict[str, Any], two: dict[str, Any], usable: int) -> str:
+    """Return who used the processors with 1 worker and with 2, and how many more calls that leaves room for."""
+    alone, (parent, workers) = one["workers_share"]["median"], (two[share]["median"] for share in _SHARES)
+    used = (
+        f"With 1 worker that one uses {alone:.0%} of a processor and the app's process "
+        f"{one['parent_share']['median']:.0%}. With 2 they use {workers:.0%} and {parent:.0%} of the {usable} usable"
+    )
+    if not alone:  # the system counts in steps of 10 ms
+        return f"{used}: too short a time to say more."
+    left, dearer = usable - parent, two["cpu_per_call"]["median"] / one["cpu_per_call"]["median"]
+    return (
+        f"{used}: {left:.2f} are left for workers. If a call took no more of a processor's time than with 1 worker, "
+        f"they could answer {left / alone:.2f} times the calls; it takes {dearer:.2f} times as much."
+    )
 
 
 def _page(results: dict[str, Any], tables: list[report.Table]) -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from quick import is_picture, read_results, run_quickly
+from quick import BENCHMARKS, is_picture, read_results, run_quickly
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,6 +42,19 @@ def test_it_shows_who_computes(results: dict[str, Any]) -> None:
         assert entry["parent_share"]["median"] > 0
         if not entry["rival"].startswith("modelcache"):
             assert entry["workers_share"]["max"] == 0
+
+
+def test_workers_that_were_seen_at_nothing_leave_the_rest_unsaid(
+    results: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their time is counted in steps of 10 ms: on a machine where others compute a short run may show none."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from scaling import processor_line  # noqa: PLC0415 - scripts, and no part of any package
+
+    two = next(entry for entry in results["cases"] if entry["rival"] == "modelcache-2")
+    idle, busy = ({**two, "workers_share": {"median": share}} for share in (0.0, 0.8))
+    assert "too short a time" in processor_line(idle, two, 2)
+    assert "times the calls" in processor_line(busy, two, 2)
 
 
 def test_each_round_says_what_the_copy_takes(results: dict[str, Any]) -> None:
