@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from quick import is_picture, read_results, run_quickly
+from quick import MAY_TAKE_LONG, is_picture, read_results, run_quickly
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+pytestmark = MAY_TAKE_LONG
 
 
 def test_the_items_are_parts_of_one_call(tmp_path: Path) -> None:

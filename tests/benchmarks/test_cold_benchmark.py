@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from quick import is_picture, read_results, run_quickly
+from quick import MAY_TAKE_LONG, is_picture, read_results, run_quickly
 from servers.required import find_program
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+pytestmark = MAY_TAKE_LONG
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from quick import is_picture, read_results, run_quickly
+from quick import MAY_TAKE_LONG, is_picture, read_results, run_quickly
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+pytestmark = MAY_TAKE_LONG
 
 
 def test_every_answer_over_http_is_xgboosts_own(tmp_path: Path) -> None:

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from quick import is_picture, read_results, run_quickly
+from quick import MAY_TAKE_LONG, is_picture, read_results, run_quickly
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+pytestmark = MAY_TAKE_LONG
 
 
 @pytest.fixture(scope="module")
