@@ -257,8 +257,9 @@ def _page(results: dict[str, Any], tables: list[report.Table]) -> str:
   itself; `nthread=1` and the same OpenMP settings everywhere. All are loaded before the first call.
 * "The same ten" are asked in turn, whatever else is resident. "Alike" asks any model next, "Zipf" the n-th 1/n as often
   as the first.
-* The parent's bytes per model are what its RSS has grown by from the first tenth of the models to the last, the names
-  not counted; of few models it says little. For the other rivals it is the models themselves.
+* The parent's bytes per model are the slope of its RSS (what malloc keeps for later is returned before each reading)
+  while the second half of the models is loaded, the names not counted; of few models it says little. For the other
+  rivals it is the models themselves.
 * Rows: `modelcache` is given lists and converts them in each call; the others are given a float32 array.
 * Correct: every answer is compared with `Booster.predict(DMatrix(rows))`, bit for bit."""
     claims = "\n".join(f"* {line}" for line in _claims(results))

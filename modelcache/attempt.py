@@ -359,7 +359,7 @@ class Attempt:
         self.place = place = self._place(facts)
         older = state.ledger.table.get(flight.key)
         if flight.listed and older is not None:
-            place.replaced = older.value.version
+            place.note(replaced=older.value.version)
         waiters = state.flights.land(flight)
         entry = Entry(flight.key, place, size=facts.size, cost=state.cost_of(flight.key, place.load_seconds))
         entry.past_hits = state.hits_of(flight.key)
@@ -378,11 +378,14 @@ class Attempt:
     def _place(self, facts: LoadedFacts) -> Resident:
         assert self._worker and self._loading
         source = self._source
-        return Resident(
+        place = Resident(
             self._worker, self._loading.model, source.version, self._received, facts.unpacked_bytes,
             source.suffix, facts.model, self._downloading, self._elapsed(),
-            tier=self.found.tier, checked_at=self._asked_at - self.found.age, doubt=self.found.doubt,
+            tier=self.found.tier, checked_at=self._asked_at - self.found.age,
         )  # fmt: skip
+        if self.found.doubt is not None:
+            place.note(doubt=self.found.doubt)
+        return place
 
     @property
     def blame(self) -> float:

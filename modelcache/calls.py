@@ -222,12 +222,12 @@ async def ask(entry: Entry[Resident], call: Call) -> Matrix:
         if call.deadline:
             requests.deadlines.forget(number)
     if rows >= _FEW_ROWS:
-        place.row_seconds = {**place.row_seconds, call.output: seconds / rows}
+        place.note(row_seconds={**place.rare.row_seconds, call.output: seconds / rows})
     return values
 
 
 def _takes_long(place: Resident, call: Call) -> bool:
-    seconds = place.row_seconds.get(call.output, _ROW_SECONDS_GUESSED)
+    seconds = place.rare.row_seconds.get(call.output, _ROW_SECONDS_GUESSED)
     return call.large or call.shape[0] * seconds > 2 * _SLICE_SECONDS
 
 
@@ -262,7 +262,7 @@ async def _ask_in_slices(entry: Entry[Resident], call: Call, order: list[int] | 
             answered = waiting.popleft()
             _end(answered)
             place = answered.place
-            place.row_seconds = {**place.row_seconds, call.output: seconds / len(values)}
+            place.note(row_seconds={**place.rare.row_seconds, call.output: seconds / len(values)})
             if answers is None:
                 sliced.begun = True
                 answers = np.empty((rows, *values.shape[1:]), np.float32)
@@ -302,7 +302,7 @@ def _slice_rows(place: Resident, call: Call) -> int:
     most: int = SLOT_BYTES // (4 * call.shape[1])
     alone = place.worker.requests.slices_in_a_row >= _ALONE_AFTER
     seconds = _SLICE_SECONDS if alone else _SHORT_SLICE_SECONDS
-    wanted = seconds / place.row_seconds.get(call.output, _ROW_SECONDS_GUESSED)
+    wanted = seconds / place.rare.row_seconds.get(call.output, _ROW_SECONDS_GUESSED)
     return max(1, min(most, int(wanted)))
 
 

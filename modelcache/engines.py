@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from modelcache.calls import Call
     from modelcache.pool.artifacts import Converted
     from modelcache.pool.pool import Worker
+    from modelcache.records import Engine
     from modelcache.residency import Residency, Resident
 
 EARNED = 128
@@ -66,18 +67,19 @@ class Engines:
         place.small_calls += 1
         if EARNED - _KEPT < place.small_calls <= EARNED:
             if call.matrix.nbytes <= _LARGEST_KEPT:
-                place.rows_kept += (_as_sent(entry, call).tobytes(),)
+                place.note(rows_kept=(*place.rare.rows_kept, _as_sent(entry, call).tobytes()))
             if place.small_calls == EARNED:
                 self._order(entry)
 
     def _order(self, entry: Entry[Resident]) -> None:
         place, allowed = entry.value, _PER_BYTE * entry.size + _BESIDE
-        rows, place.rows_kept = b"".join(place.rows_kept), ()
+        rows = b"".join(place.rare.rows_kept)
+        place.note(rows_kept=())
         if self._feared.get((entry.key, place.version)):
-            place.stays = "a worker ended when it was converted"
+            place.note(stays="a worker ended when it was converted")
             return
         if place.worker.alive and entry.state is State.READY and self._state.ledger.enlarge(entry, allowed):
-            place.engine_bytes = allowed
+            place.note(engine_bytes=allowed)
             place.worker.charged += allowed
             report = place.worker.process.artifacts.convert(place.number, allowed, rows)
             report.add_done_callback(partial(self._settle, entry, allowed))
@@ -89,12 +91,10 @@ class Engines:
         if report.cancelled() or entry.state is State.GONE:
             return
         place, result = entry.value, report.result()
-        place.engine_bytes = result.size
+        engine: Engine = "onnx" if result.refusal is None else "predictor"
+        place.note(engine=engine, engine_bytes=result.size, stays=result.refusal)
         place.worker.charged -= allowed - result.size
         self._state.retire(self._state.ledger.shrink(entry, allowed - result.size))
-        place.stays = result.refusal
-        if result.refusal is None:
-            place.engine = "onnx"
 
 
 def _as_sent(entry: Entry[Resident], call: Call) -> NDArray[np.float32]:

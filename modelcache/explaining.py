@@ -56,18 +56,18 @@ def _resident(state: Residency, entry: Entry[Resident]) -> str:
 
 
 def _engine(place: Resident) -> str:
-    if place.engine == "onnx":
+    if place.rare.engine == "onnx":
         return "Calls of few rows are answered by ONNX Runtime. "
-    return f"It got no second engine: {place.stays}. " if place.stays is not None else ""
+    return f"It got no second engine: {place.rare.stays}. " if place.rare.stays is not None else ""
 
 
 def _version(state: Residency, entry: Entry[Resident]) -> str:
     """Say why it is this version."""
     place, now = entry.value, state.clock()
     came = "loaded from the store" if place.tier == "store" else "loaded from the local copy"
-    came += f" in the place of {place.replaced}" if place.replaced is not None else ""
-    if place.doubt is not None:
-        return f"Its version was {came}; it serves on since it could not be renewed: {place.doubt}"
+    came += f" in the place of {place.rare.replaced}" if place.rare.replaced is not None else ""
+    if place.rare.doubt is not None:
+        return f"Its version was {came}; it serves on since it could not be renewed: {place.rare.doubt}"
     checked = f"the store last had it {now - place.checked_at:.1f} s ago"
     if entry.key in state.flights.by_key:
         again = "is being asked again now"

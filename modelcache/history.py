@@ -74,7 +74,8 @@ class History:
     def evicted(self, entry: Entry[Resident], idle: float, now: float) -> None:
         """Take note of an eviction, ``idle`` seconds after the last use."""
         past, place = self._of(entry.key), entry.value
-        past.version, past.size, past.unpacked = place.version, entry.size - place.engine_bytes, place.unpacked_bytes
+        past.version, past.unpacked = place.version, place.unpacked_bytes
+        past.size = entry.size - place.rare.engine_bytes
         past.cost, past.load_seconds = entry.cost, place.load_seconds
         past.evicted_at, past.cause, past.displaced_by = now, entry.cause, entry.displaced_by
         past.hits, past.idle = entry.hits, idle

@@ -9,9 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from modelcache.cache.entry import State
@@ -49,8 +48,27 @@ if TYPE_CHECKING:
 logger = logging.getLogger("modelcache")
 
 
-_NOTHING_MEASURED: Mapping[int, float] = MappingProxyType({})
-"""Shared by all models: most are never asked for many rows at once."""
+@dataclass(frozen=True, slots=True)
+class Rare:
+    """What there is to know of few models only: all others share one of these, and keep eight bytes for it."""
+
+    row_seconds: Mapping[int, float] = field(default_factory=dict)
+    """Seconds a row takes in a large call, as last measured, by what was asked for: contributions cost a thousand
+    times what values do."""
+    replaced: str | None = None
+    """The version it took the place of, without a moment in which there was neither."""
+    doubt: str | None = None
+    """Why the last attempt to renew it failed; None if it did not."""
+    rows_kept: tuple[bytes, ...] = ()
+    """Of the last calls of few rows, until the second engine is ordered."""
+    engine: Engine = "predictor"
+    engine_bytes: int = 0
+    """What of its size is the second engine's, or claimed for it."""
+    stays: str | None = None
+    """Why it got no second engine, once that was tried."""
+
+
+_NOTHING_RARE = Rare()
 
 
 @dataclass(slots=True, eq=False)
@@ -74,9 +92,6 @@ class Resident(Place):
     """Seconds from asking the store to its last byte."""
     load_seconds: float
     """Seconds until the model could be used, those of downloading among them, without queues."""
-    row_seconds: Mapping[int, float] = field(default_factory=lambda: _NOTHING_MEASURED)
-    """Seconds a row takes in a large call, as last measured, by what was asked for: contributions cost a thousand
-    times what values do."""
     waiting: int = 0
     """Calls for it that the worker has been sent and has not answered."""
     loaded_at: float = field(default_factory=time.time)
@@ -86,19 +101,13 @@ class Resident(Place):
     """When the store was last known to have this version, by the registry's clock."""
     trusted_until: float = field(default=inf, kw_only=True)
     """When it is to be asked again; never, while it is being asked."""
-    replaced: str | None = field(default=None, kw_only=True)
-    """The version it took the place of, without a moment in which there was neither."""
-    doubt: str | None = field(default=None, kw_only=True)
-    """Why the last attempt to renew it failed; None if it did not."""
     small_calls: int = field(default=0, kw_only=True)
     """Calls of few rows since it was loaded, or since there were no bytes for a second engine."""
-    rows_kept: tuple[bytes, ...] = field(default=(), kw_only=True)
-    """Of the last of those calls, until the second engine is ordered."""
-    engine: Engine = field(default="predictor", kw_only=True)
-    engine_bytes: int = field(default=0, kw_only=True)
-    """What of its size is the second engine's, or claimed for it."""
-    stays: str | None = field(default=None, kw_only=True)
-    """Why it got no second engine, once that was tried."""
+    rare: Rare = field(default=_NOTHING_RARE, kw_only=True)
+
+    def note(self, **changes: Any) -> None:
+        """Change what is rare about it."""
+        self.rare = replace(self.rare, **changes)
 
     @property
     def loading(self) -> float:
@@ -157,11 +166,11 @@ class Residency:
         place.trusted_until = self._trusted_until(place)
         self.counters.loaded(place, len(self.ledger.table))
         self.history.settled(entry.key)
-        if place.replaced is None:
+        if place.rare.replaced is None:
             self.emit(ModelLoaded(self.info(entry)))
         else:
             self.counters.refreshes += 1
-            self.emit(ModelRefreshed(self.info(entry), place.replaced))
+            self.emit(ModelRefreshed(self.info(entry), place.rare.replaced))
 
     def copied(self, copy: Entry[Resident]) -> None:
         """A model has come into a further worker."""
@@ -194,7 +203,9 @@ class Residency:
 
     def trust(self, place: Resident) -> None:
         """The store has this version now."""
-        place.checked_at, place.doubt = self.clock(), None
+        place.checked_at = self.clock()
+        if place.rare.doubt is not None:
+            place.note(doubt=None)
         place.trusted_until = self._trusted_until(place)
 
     def _trusted_until(self, place: Resident) -> float:
@@ -216,7 +227,7 @@ class Residency:
             self.retire(self.ledger.detach(entry.key, "deleted"))
             return False
         place: Resident = entry.value
-        place.doubt = f"{type(error).__name__}: {error}"
+        place.note(doubt=f"{type(error).__name__}: {error}")
         place.trusted_until = self.clock() + max(self._refresh_after, self._failure_ttl)
         return True
 
@@ -313,7 +324,7 @@ class Residency:
             booster=facts.booster,
             n_trees=facts.n_trees,
             best_iteration=facts.best_iteration,
-            engine=place.engine,
+            engine=place.rare.engine,
         )
 
     def emit(self, event: Event) -> None:

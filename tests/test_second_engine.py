@@ -100,7 +100,7 @@ async def test_rows_with_names_are_compared_in_the_models_order(make_registry: M
     registry = await make_registry(MemoryStore({"A.ubj": zoo.model(names=True).ubj}), engine="auto")
     frame = pd.DataFrame(zoo.rows(1), columns=list(zoo.FEATURES))[list(reversed(zoo.FEATURES))]
     await ask(registry, calls=EARNED - 1, rows=frame)
-    assert entry_of(registry).value.rows_kept[-1] == zoo.rows(1).tobytes()
+    assert entry_of(registry).value.rare.rows_kept[-1] == zoo.rows(1).tobytes()
 
 
 @needs_onnx
