@@ -61,8 +61,8 @@ class Case:
 
 
 _FROM_S3 = ("s3", "s3-bare-name", "s3-keeping", "get-object-threads", "get-object")
-_FROM_DISK = ("disk", "folder", "read-threads", "read")
-_APART = ("disk", "read-threads", "read")
+_FROM_DISK = ("disk", "folder", "read-elsewhere", "read-threads", "read")
+_APART = ("disk", "read-elsewhere", "read-threads", "read")
 _JSON = ("disk", "s3-keeping", "get-object", "s3")
 
 CASES = (
@@ -105,13 +105,13 @@ CLAIMS = (
     Claim("A first call from S3, 100 trees, takes at most 1.5 times get_object, load_model and predict",
           "s3-medium", "p50_ratio", 1.5, True, "s3"),
     Claim("A first call from the disk tier, 25 trees, takes at most 1.5 times read, load_model and predict in a loop",
-          "disk-small", "p50_ratio", 1.5, True, "disk"),
+          "disk-small", "p50_ratio", 1.5, True, "disk", bare="read-elsewhere"),
     Claim("A first call from the disk tier, 100 trees, takes at most 1.5 times read, load_model and predict in a loop",
-          "disk-medium", "p50_ratio", 1.5, True, "disk"),
+          "disk-medium", "p50_ratio", 1.5, True, "disk", bare="read-elsewhere"),
     Claim("A first call from the disk tier, 25 trees, takes at most 1.5 times the same by hand, 20 ms after another",
-          "disk-small-apart", "p50_ratio", 1.5, True, "disk"),
+          "disk-small-apart", "p50_ratio", 1.5, True, "disk", bare="read-elsewhere"),
     Claim("A first call from the disk tier, 100 trees, takes at most 1.5 times the same by hand, 20 ms after another",
-          "disk-medium-apart", "p50_ratio", 1.5, True, "disk"),
+          "disk-medium-apart", "p50_ratio", 1.5, True, "disk", bare="read-elsewhere"),
     Claim("A JSON artifact loads from the disk tier in at most a fifth of the time that its first load takes",
           "json", "p50_ratio", 0.2, True, "disk"),
     Claim("With 32 first calls at once there are at least 0.7 times as many per second as get_object alone brings",
@@ -236,6 +236,8 @@ def _page(results: dict[str, Any], tables: list[report.Table]) -> str:
   NAME.tar.gz and NAME.ubj, at once, in each of these calls.
 * "on the loop" lets everything else in the app wait while it reads, loads or predicts: the floor. What is read from the
   disk is in the page cache; modelcache checks its SHA-256 besides, and all it loads is measured.
+* The bare worker reads, loads and predicts in one other process, whose Python does nothing else. It has no digest, no
+  measured heap, no bound on the memory, no second worker, and reports nothing.
 * One right after another, the loop by hand does nothing else and has the processor's caches to itself; modelcache's
   steps are in two processes, each of which waits for the other. A first call in an app comes after something else: that
   is what the cases with {1000 * settings["apart"]:g} ms between two calls are for (calls/s says nothing there).

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cold_models import BUCKET
-from rivals import Rival
+from rivals import Bare, Rival
 
 if TYPE_CHECKING:
     import numpy as np
@@ -135,6 +135,16 @@ class ReadFileThreads(ReadFile):
         return self.answer(name, data, rows)
 
 
+class ReadFileElsewhere(Bare):
+    """The same in another process: the floor of any pool that loads."""
+
+    label = "read, all in a bare worker"
+
+    def path(self, name: str) -> Path:
+        """Return where an artifact is."""
+        return self.folder / "buckets" / BUCKET / name
+
+
 class FromS3(Rival):
     """``await registry.predict(name, rows)`` with all options at their defaults."""
 
@@ -228,6 +238,7 @@ RIVALS: dict[str, type[Rival]] = {
     "folder": FromFolder,
     "read": ReadFile,
     "read-threads": ReadFileThreads,
+    "read-elsewhere": ReadFileElsewhere,
 }
 """By the key they have in results."""
 

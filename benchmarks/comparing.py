@@ -92,16 +92,26 @@ class Claim:
     rival: str = "modelcache"
     against: str = ""
     """Whose figure in the same round it is relative to; if empty, the figure is a ratio to the yardstick already."""
+    bare: str = ""
+    """The rival that has another process, too, and nothing else: no design with processes does better."""
 
     def check(self, entries: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         """Return what was measured of it, None if its case was left out."""
         by_rival = {entry["rival"]: entry for entry in entries if entry["case"] == self.case}
-        found, other = by_rival.get(self.rival), by_rival.get(self.against or self.rival)
+        ratio = self._measured(by_rival, self.rival)
+        if ratio is None:
+            return None
+        met = ratio["median"] <= self.limit if self.at_most else ratio["median"] >= self.limit
+        checked = {"claim": self.text, "limit": self.limit, "met": met, "measured": ratio}
+        bare = self._measured(by_rival, self.bare)
+        return checked if bare is None else checked | {"bare": bare}
+
+    def _measured(self, by_rival: Mapping[str, dict[str, Any]], rival: str) -> dict[str, Any] | None:
+        found, other = by_rival.get(rival), by_rival.get(self.against or rival)
         if found is None or other is None:
             return None
-        ratio = found[self.figure] if not self.against else _ratio(found["rounds"], other["rounds"], self.figure)
-        met = ratio["median"] <= self.limit if self.at_most else ratio["median"] >= self.limit
-        return {"claim": self.text, "limit": self.limit, "met": met, "measured": ratio}
+        measured: dict[str, Any] = found[self.figure]
+        return _ratio(found["rounds"], other["rounds"], self.figure) if self.against else measured
 
 
 def check_claims(claims: Sequence[Claim], entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -111,8 +121,10 @@ def check_claims(claims: Sequence[Claim], entries: Sequence[dict[str, Any]]) -> 
 
 def claim_line(claim: dict[str, Any]) -> str:
     """Return what has become of a claim, in a sentence."""
-    measured = claim["measured"]
-    return (
-        f"{'Met' if claim['met'] else 'NOT MET'}: {claim['claim']}: {report.times(measured['median'])} "
-        f"(rounds: {report.times(measured['min'])} to {report.times(measured['max'])})."
-    )
+    line = f"{'Met' if claim['met'] else 'NOT MET'}: {claim['claim']}: {_spread(claim['measured'])}."
+    return line + (f" A bare worker: {_spread(claim['bare'])}." if "bare" in claim else "")
+
+
+def _spread(measured: dict[str, Any]) -> str:
+    low, high = (report.times(measured[end]) for end in ("min", "max"))
+    return f"{report.times(measured['median'])} (rounds: {low} to {high})"

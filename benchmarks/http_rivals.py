@@ -172,6 +172,13 @@ class RelayedEcho(Echo):
     command = (str(HERE / "http_servers.py"), "relayed_echo")
 
 
+class ByBareWorker(Served):
+    """One other process that has nothing but XGBoost's call: the floor of any app that predicts in processes."""
+
+    label = "starlette, a bare worker"
+    command = (str(HERE / "http_servers.py"), "by_bare_worker")
+
+
 class GuardedEcho(Echo):
     """The echo, behind the connections and the guard of the command."""
 
@@ -203,6 +210,7 @@ RIVALS: dict[str, type[Rival]] = {
     "by-hand": ByHand,
     "http-echo": Echo,
     "relayed-echo": RelayedEcho,
+    "by-bare-worker": ByBareWorker,
     "guarded-echo": GuardedEcho,
     "constant": Constant,
     "modelcache-inside": Inside,

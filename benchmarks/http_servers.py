@@ -1,7 +1,7 @@
 """Apps that ``modelcache serve`` is compared with, under the same server: ``http_servers.py NAME FOLDER --port 0``.
 
-Three of them are steps on the way from the echo to the command: what stands before its apps, one of the apps, and the
-way to another process.
+Four of them are steps on the way from the echo to the command: what stands before its apps, one of the apps, the way to
+another process, and XGBoost's own call there.
 """
 
 from __future__ import annotations
@@ -24,18 +24,24 @@ from modelcache.serving import sagemaker
 from modelcache.serving.config import Limits
 from modelcache.serving.guard import Guard
 from modelcache.serving.server import configure
-from rivals import Echo, load_booster
+from rivals import Bare, Echo, load_booster
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
+    from contextlib import AbstractAsyncContextManager
 
+    from numpy.typing import NDArray
     from starlette.requests import Request
 
     from modelcache import ModelRegistry
+    from rivals import Rival
+
+    Matrix = NDArray[np.float32]
 
 _BOOSTERS: dict[str, Any] = {}
 _FOLDER = Path(sys.argv[2])
 _OTHER_PROCESS = Echo(_FOLDER)
+_BARE_WORKER = Bare(_FOLDER)
 
 
 async def echo(request: Request) -> Response:
@@ -48,11 +54,10 @@ async def relayed_echo(request: Request) -> Response:
     return Response(await _OTHER_PROCESS.predict("", await request.body()), media_type="text/csv")
 
 
-@asynccontextmanager
-async def _beside_another_process(_app: Starlette) -> AsyncIterator[None]:
-    await _OTHER_PROCESS.start()
-    yield
-    await _OTHER_PROCESS.close()
+async def by_bare_worker(request: Request) -> Response:
+    """Predict in one other process, which does nothing else."""
+    name, rows = request.headers["x-amzn-sagemaker-target-model"], _rows_in(await request.body())
+    return _written(await _BARE_WORKER.predict(name, rows))
 
 
 async def by_hand(request: Request) -> Response:
@@ -61,9 +66,27 @@ async def by_hand(request: Request) -> Response:
     booster = _BOOSTERS.get(name)
     if booster is None:
         booster = _BOOSTERS[name] = await asyncio.to_thread(load_booster, _FOLDER, name)
-    rows = np.array([line.split(b",") for line in (await request.body()).splitlines()], np.float32)
-    values = await asyncio.to_thread(booster.inplace_predict, rows)
+    return _written(await asyncio.to_thread(booster.inplace_predict, _rows_in(await request.body())))
+
+
+def _rows_in(body: bytes) -> Matrix:
+    return np.array([line.split(b",") for line in body.splitlines()], np.float32)
+
+
+def _written(values: Matrix) -> Response:
     return Response("\n".join(map(str, values)), media_type="text/csv")
+
+
+def _beside(rival: Rival) -> Callable[[Starlette], AbstractAsyncContextManager[None]]:
+    """Return what runs a rival's process as long as the app."""
+
+    @asynccontextmanager
+    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
+        await rival.start()
+        yield
+        await rival.close()
+
+    return lifespan
 
 
 class Constant:
@@ -88,7 +111,8 @@ def _one_route(handler: Any, lifespan: Any = None) -> Starlette:
 
 CONFIGS: dict[str, Callable[[], uvicorn.Config]] = {
     "echo": lambda: _plain(_one_route(echo)),
-    "relayed_echo": lambda: _plain(_one_route(relayed_echo, _beside_another_process)),
+    "relayed_echo": lambda: _plain(_one_route(relayed_echo, _beside(_OTHER_PROCESS))),
+    "by_bare_worker": lambda: _plain(_one_route(by_bare_worker, _beside(_BARE_WORKER))),
     "by_hand": lambda: _plain(_one_route(by_hand)),
     "guarded_echo": lambda: configure(Guard(_one_route(echo)), Limits()),
     "constant": lambda: configure(Guard(sagemaker(cast("ModelRegistry", Constant()))), Limits()),

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 OURS, FLOOR, OTHERS = "#0b6e4f", "#b8b8b8", "#5b7db1"
 """modelcache, what nobody can beat, what one would write by hand."""
 
-_FLOORS = ("direct", "echo", "http-echo", "guarded-echo", "constant", "get-object", "get-object-only", "read")
+_FLOORS = (
+    "direct", "echo", "bare", "http-echo", "relayed-echo", "by-bare-worker", "guarded-echo", "constant",
+    "get-object", "get-object-only", "read", "read-elsewhere",
+)  # fmt: skip
 
 _LATENCY_PANELS = (
     ("one-1", "p50", "One row, 1 client: p50 in µs", "shorter is better"),
@@ -36,7 +39,7 @@ def plot_latency(results: dict[str, Any], path: Path) -> None:
         _entitle(panel, title, hint)
     _cold_and_warm(axes.flat[3], results)
     figure.suptitle(
-        "modelcache (green), written by hand (blue), floors that block the loop or predict nothing (grey)\n"
+        "modelcache (green), written by hand (blue), floors that block the loop, or have nothing but XGBoost, or not even that (grey)\n"
         f"medians of {results['settings']['rounds']} interleaved rounds, lines from the least to the most",
         fontsize=11,
     )
@@ -61,7 +64,7 @@ def plot_cold(results: dict[str, Any], path: Path) -> None:
         _bars(panel, results, case, quantity)
         _entitle(panel, title, hint)
     figure.suptitle(
-        "First calls: modelcache (green), by hand (blue), by hand with all on the loop, or without a model (grey)\n"
+        "First calls: modelcache (green), by hand (blue), by hand with all on the loop, or nothing beside (grey)\n"
         f"medians of {results['settings']['rounds']} interleaved rounds, lines from the least to the most",
         fontsize=11,
     )

@@ -19,6 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+from bare_worker import ANSWER, REQUEST
 from models import as_lists
 
 if TYPE_CHECKING:
@@ -276,6 +277,74 @@ class _EchoProtocol(asyncio.Protocol):
             del self._arrived[:size]
 
 
+class Bare(Rival):
+    """The call of XGBoost's library in one other process, and nothing else: the floor of any pool that predicts."""
+
+    label = "a bare worker"
+
+    async def start(self) -> None:
+        """Start the worker, which has XGBoost by the time of the first answer."""
+        mine, others = socket.socketpair()
+        command = [sys.executable, str(Path(__file__).with_name("bare_worker.py")), str(others.fileno())]
+        self._child = subprocess.Popen(command, pass_fds=[others.fileno()])  # noqa: ASYNC220 - nothing waits meanwhile
+        others.close()
+        mine.setblocking(False)
+        loop = asyncio.get_running_loop()
+        _, self._protocol = await loop.create_unix_connection(_BareProtocol, sock=mine)
+
+    async def close(self) -> None:
+        """End it."""
+        self._protocol.transport.close()
+        await asyncio.to_thread(self._child.wait)
+
+    async def forget(self) -> None:
+        """Have the worker drop all models."""
+        await self._protocol.ask(REQUEST.pack(0, 0, 0))
+
+    def path(self, name: str) -> Path:
+        """Return where an artifact is."""
+        return self.folder / f"{name}.tar.gz"
+
+    async def predict(self, name: str, rows: Any) -> Any:
+        """Send and wait."""
+        path = bytes(self.path(name))
+        return await self._protocol.ask(REQUEST.pack(len(path), *rows.shape) + path + rows.tobytes())
+
+
+class _BareProtocol(asyncio.Protocol):
+    """Sends each request at once; the answers come in the same order."""
+
+    transport: asyncio.Transport
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._waiting: deque[asyncio.Future[Matrix]] = deque()
+        self._arrived = bytearray()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Start."""
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's is no instance of it
+
+    def ask(self, request: bytes) -> asyncio.Future[Matrix]:
+        """Send ``request``; the future gives the predictions."""
+        future: asyncio.Future[Matrix] = self._loop.create_future()
+        self._waiting.append(future)
+        self.transport.write(request)
+        return future
+
+    def data_received(self, data: bytes) -> None:
+        """Resolve the calls whose answers are here in full."""
+        import numpy as np
+
+        self._arrived += data
+        while len(self._arrived) >= ANSWER.size:
+            end = ANSWER.size + ANSWER.unpack_from(self._arrived)[0]
+            if len(self._arrived) < end:
+                return
+            self._waiting.popleft().set_result(np.frombuffer(self._arrived[ANSWER.size : end], np.float32))
+            del self._arrived[:end]
+
+
 class ModelCache(Rival):
     """``await registry.predict(name, rows)`` with all options at their defaults."""
 
@@ -323,6 +392,7 @@ RIVALS: dict[str, type[Rival]] = {
     "async_lru": AsyncLRU,
     "process-pool": Processes,
     "direct": Direct,
+    "bare": Bare,
     "echo": Echo,
 }
 """By the key they have in commands and results."""

@@ -17,7 +17,7 @@ pytestmark = MAY_TAKE_LONG
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that one quick run has filled."""
-    rivals = ("modelcache", "to_thread", "to_thread-dmatrix", "async_lru", "process-pool", "direct", "echo")
+    rivals = ("modelcache", "to_thread", "to_thread-dmatrix", "async_lru", "process-pool", "direct", "bare", "echo")
     return run_quickly("latency.py", tmp_path_factory.mktemp("results"), "--rivals", *rivals)  # batch.py has the other
 
 
@@ -60,6 +60,7 @@ def test_results_say_where_they_come_from(results: dict[str, Any]) -> None:
     assert "--quick" in results["command"]
     assert all(about["rss_mb"] > 0 and about["processes"] > 0 for about in results["rivals"].values())
     assert [claim["limit"] for claim in results["claims"]] == [0.5, 2.5, 1.0, 10.0]
+    assert [claim["bare"]["median"] > 0 for claim in results["claims"] if "bare" in claim] == [True]
 
 
 def test_there_is_a_table_and_a_plot(results: dict[str, Any], written: Path) -> None:
