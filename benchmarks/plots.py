@@ -39,7 +39,7 @@ def plot_latency(results: dict[str, Any], path: Path) -> None:
         _entitle(panel, title, hint)
     _cold_and_warm(axes.flat[3], results)
     figure.suptitle(
-        "modelcache (green), written by hand (blue), floors that block the loop, or have nothing but XGBoost, or not even that (grey)\n"
+        "modelcache (green), written by hand (blue), floors that block the loop, or have nothing beside (grey)\n"
         f"medians of {results['settings']['rounds']} interleaved rounds, lines from the least to the most",
         fontsize=11,
     )

@@ -1,7 +1,8 @@
 """Turns: how many models are parsed at once while there are calls to be answered.
 
 A parse has a processor to itself for as long as it takes, whatever its priority: the scheduler does not interrupt it
-for a thread that has just woken up. With as many parses as processors, warm calls wait behind one of them.
+for a thread that has just woken up. With as many parses as processors, warm calls wait behind one of them; and with one
+after another without a rest, each finds one in its way.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from contextlib import asynccontextmanager, suppress
+from time import monotonic
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,6 +21,11 @@ BRIEF = 2 << 20
 
 _PATIENCE = 0.05
 """Seconds to wait for a turn at most: somebody's parse may never end."""
+
+_REST = 1.0
+"""So many times as long as a turn took is the rest before the next: calls have half of the time to themselves."""
+_LONGEST_REST = 0.05
+"""Seconds."""
 
 
 class Turns:
@@ -36,11 +43,22 @@ class Turns:
         if self._taken >= self._count and self._is_asked():
             await self._wait()
         self._taken += 1
+        began = monotonic()
         try:
             yield
         finally:
-            self._taken -= 1
-            self._call_next()
+            self._rest(_REST * (monotonic() - began))
+
+    def _rest(self, seconds: float) -> None:
+        """Keep a turn that has ended from the next for so long, if there are calls for that time."""
+        if self._is_asked():
+            asyncio.get_running_loop().call_later(min(seconds, _LONGEST_REST), self._end)
+        else:
+            self._end()
+
+    def _end(self) -> None:
+        self._taken -= 1
+        self._call_next()
 
     async def _wait(self) -> None:
         loop = asyncio.get_running_loop()

@@ -40,6 +40,12 @@ class Parses:
             self.running.remove(number)
 
 
+@pytest.fixture(autouse=True)
+def no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the next turn begin in the tick after one has ended."""
+    monkeypatch.setattr("modelcache.pool.turns._REST", 0.0)
+
+
 @pytest.fixture
 async def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let nobody lose it."""
@@ -63,6 +69,7 @@ async def test_as_many_as_there_are_turns_in_order(patience: None) -> None:
     for end in parses.ends.values():
         end.set()
     await asyncio.gather(*tasks, return_exceptions=True)
+    await settle()
     assert parses.turns._taken == 0
     assert not parses.turns._line
 
@@ -91,6 +98,7 @@ async def test_a_turn_that_is_given_to_one_who_goes_in_that_tick_is_passed_on(pa
     assert parses.running == [1]
     parses.ends[1].set()
     await asyncio.gather(leaver, next_one, return_exceptions=True)
+    await settle()
     assert turns._taken == 0
 
 
@@ -126,6 +134,47 @@ async def test_who_has_lost_patience_makes_no_more_turns(monkeypatch: pytest.Mon
     await asyncio.gather(*tasks)
 
 
+async def test_calls_have_the_processor_for_as_long_as_a_turn_took(
+    monkeypatch: pytest.MonkeyPatch, patience: None
+) -> None:
+    """The next waits for the end of the rest, as long as there are calls; if there are none, nobody rests."""
+    monkeypatch.setattr("modelcache.pool.turns._REST", 1e12)
+    monkeypatch.setattr("modelcache.pool.turns._LONGEST_REST", 1000.0)
+    calls = True
+    parses = Parses(Turns(1, lambda: calls))
+    tasks = [parses.begin(number) for number in range(2)]
+    await settle()
+    parses.ends[0].set()
+    await settle()
+    assert parses.running == []
+    assert parses.turns._taken == 1
+    calls = False
+    tasks.append(parses.begin(2))
+    await settle()
+    assert parses.running == [2]
+    parses.ends[2].set()
+    parses.turns._end()  # the rest is over
+    await settle()
+    assert parses.running == [1]
+    parses.ends[1].set()
+    await asyncio.gather(*tasks)
+    assert parses.turns._taken == 0
+
+
+async def test_no_rest_is_longer_than_others_have_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A damaged model was parsed for half a minute: that is no reason to load nothing for as long again."""
+    monkeypatch.setattr("modelcache.pool.turns._REST", 1e12)
+    monkeypatch.setattr("modelcache.pool.turns._LONGEST_REST", 0.0)
+    parses = Parses(Turns(1, lambda: True))
+    tasks = [parses.begin(number) for number in range(2)]
+    await settle()
+    parses.ends[0].set()
+    await settle()
+    assert parses.running == [1]
+    parses.ends[1].set()
+    await asyncio.gather(*tasks)
+
+
 async def test_loads_take_turns_while_calls_wait(
     make_registry: MakeRegistry, monkeypatch: pytest.MonkeyPatch, patience: None
 ) -> None:
@@ -145,6 +194,7 @@ async def test_loads_take_turns_while_calls_wait(
     for worker in workers:
         go_on(worker.pid)
     await asyncio.gather(call, *loads)
+    await settle()
     assert turns._taken == 0
 
 
