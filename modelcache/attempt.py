@@ -23,7 +23,7 @@ from modelcache.errors import ModelTooLargeError, StoreUnavailableError
 from modelcache.history import Took
 from modelcache.origin import Saving
 from modelcache.pool.turns import BRIEF
-from modelcache.residency import Place, Residency, Resident
+from modelcache.residency import Arrival, Place, Residency, Resident
 from modelcache.stores.disk_tier import DiskCopy
 
 if TYPE_CHECKING:
@@ -361,7 +361,7 @@ class Attempt:
         if flight.listed and older is not None:
             place.note(replaced=older.value.version)
         waiters = state.flights.land(flight)
-        entry = Entry(flight.key, place, size=facts.size, cost=state.cost_of(flight.key, place.load_seconds))
+        entry = Entry(flight.key, place, size=facts.size, cost=state.cost_of(flight.key, place.arrival.load_seconds))
         entry.past_hits = state.hits_of(flight.key)
         entry.leases = len(waiters)
         entry.pinned = flight.listed and flight.key in state.pinned
@@ -378,10 +378,13 @@ class Attempt:
     def _place(self, facts: LoadedFacts) -> Resident:
         assert self._worker and self._loading
         source = self._source
+        arrival = Arrival(
+            self._received, facts.unpacked_bytes, self._downloading, self._elapsed(), time.time(),
+            checked_at=self._asked_at - self.found.age,
+        )  # fmt: skip
         place = Resident(
-            self._worker, self._loading.model, source.version, self._received, facts.unpacked_bytes,
-            source.suffix, facts.model, self._downloading, self._elapsed(),
-            tier=self.found.tier, checked_at=self._asked_at - self.found.age,
+            self._worker, self._loading.model, source.version, source.suffix, facts.model, Resident.pack(arrival),
+            tier=self.found.tier,
         )  # fmt: skip
         if self.found.doubt is not None:
             place.note(doubt=self.found.doubt)

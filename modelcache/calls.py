@@ -179,8 +179,8 @@ class Trace:
 
     def timings(self) -> Timings:
         """Say where the time went; the answer has just come."""
-        place, ended = self.entry.value, perf_counter()
-        downloading, loading = (place.downloading, place.loading) if self.waited is not None else (0.0, 0.0)
+        arrival, ended = self.entry.value.arrival, perf_counter()
+        downloading, loading = (arrival.downloading, arrival.loading) if self.waited is not None else (0.0, 0.0)
         return Timings(
             waiting=max(0.0, (self.waited or 0.0) - downloading - loading),
             downloading=downloading,

@@ -42,8 +42,8 @@ class Counters:
         """A model has become resident, one of ``resident``."""
         self.loads += 1
         self.loads_from_disk += place.tier == "disk"
-        self.model_downloading_time.record(place.downloading)
-        self.model_loading_time.record(place.loading)
+        self.model_downloading_time.record(place.arrival.downloading)
+        self.model_loading_time.record(place.arrival.loading)
         self.loaded_model_count.record(resident)
 
     def evicted(self, cause: EvictionCause, idle: float, resident: int) -> None:

@@ -44,13 +44,13 @@ def explain(state: Residency, key: str) -> str:
 
 
 def _resident(state: Residency, entry: Entry[Resident]) -> str:
-    place, now = entry.value, state.clock()
+    place, arrival, now = entry.value, entry.value.arrival, state.clock()
     workers = " and ".join(str(holder.value.worker.pid) for holder in (entry, *entry.copies))
     held = "pinned" if entry.pinned else f"{entry.leases} leases" if entry.leases else "evictable"
     return (
         f"{entry.key} is resident: version {place.version}, {show_bytes(entry.size)} in worker {workers}, "
-        f"{held}. It loaded in {place.load_seconds * 1e3:.1f} ms ({place.downloading * 1e3:.1f} downloading, "
-        f"{place.loading * 1e3:.1f} loading), has had {entry.hits} hits, and was last used "
+        f"{held}. It loaded in {arrival.load_seconds * 1e3:.1f} ms ({arrival.downloading * 1e3:.1f} downloading, "
+        f"{arrival.loading * 1e3:.1f} loading), has had {entry.hits} hits, and was last used "
         f"{now - entry.last_used:.1f} s ago. {_engine(place)}{_version(state, entry)} {_budget(state)}"
     )
 
@@ -68,7 +68,7 @@ def _version(state: Residency, entry: Entry[Resident]) -> str:
     came += f" in the place of {place.rare.replaced}" if place.rare.replaced is not None else ""
     if place.rare.doubt is not None:
         return f"Its version was {came}; it serves on since it could not be renewed: {place.rare.doubt}"
-    checked = f"the store last had it {now - place.checked_at:.1f} s ago"
+    checked = f"the store last had it {now - place.arrival.checked_at:.1f} s ago"
     if entry.key in state.flights.by_key:
         again = "is being asked again now"
     elif place.trusted_until == inf:

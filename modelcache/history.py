@@ -73,10 +73,10 @@ class History:
 
     def evicted(self, entry: Entry[Resident], idle: float, now: float) -> None:
         """Take note of an eviction, ``idle`` seconds after the last use."""
-        past, place = self._of(entry.key), entry.value
-        past.version, past.unpacked = place.version, place.unpacked_bytes
+        past, place, arrival = self._of(entry.key), entry.value, entry.value.arrival
+        past.version, past.unpacked = place.version, arrival.unpacked_bytes
         past.size = entry.size - place.rare.engine_bytes
-        past.cost, past.load_seconds = entry.cost, place.load_seconds
+        past.cost, past.load_seconds = entry.cost, arrival.load_seconds
         past.evicted_at, past.cause, past.displaced_by = now, entry.cause, entry.displaced_by
         past.hits, past.idle = entry.hits, idle
         # What leaves last need not be what was used last: a version may have been held for longer than its successor.

@@ -125,9 +125,9 @@ class Loader:
     async def _fly(self, flight: Flight) -> None:
         landed = await self._try_to_land(flight)
         if landed is not None and landed.saving is not None:
-            found, place = landed.found, landed.place
-            cost = place.load_seconds
-            await self._origin.keep(flight.key, found, landed.saving, received=place.artifact_bytes, cost=cost)
+            found, arrival = landed.found, landed.place.arrival
+            received, cost = arrival.artifact_bytes, arrival.load_seconds
+            await self._origin.keep(flight.key, found, landed.saving, received=received, cost=cost)
 
     async def _try_to_land(self, flight: Flight) -> Attempt | None:
         try:

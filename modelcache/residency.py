@@ -11,7 +11,8 @@ import logging
 import time
 from dataclasses import dataclass, field, replace
 from math import inf
-from typing import TYPE_CHECKING, Any
+from struct import Struct
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from modelcache.cache.entry import State
 from modelcache.cache.failures import FailureMemory
@@ -79,40 +80,65 @@ class Place:
     number: int
 
 
-@dataclass(slots=True, eq=False)
-class Resident(Place):
-    """A loaded model: what an entry of the table stands for."""
+class Arrival(NamedTuple):
+    """How a model came into its worker, in figures."""
 
-    version: str
     artifact_bytes: int
     unpacked_bytes: int
-    suffix: str
-    facts: ModelFacts
     downloading: float
     """Seconds from asking the store to its last byte."""
     load_seconds: float
     """Seconds until the model could be used, those of downloading among them, without queues."""
-    waiting: int = 0
-    """Calls for it that the worker has been sent and has not answered."""
-    loaded_at: float = field(default_factory=time.time)
-    tier: Tier = field(default="store", kw_only=True)
-    """Where its bytes came from."""
-    checked_at: float = field(default=0.0, kw_only=True)
+    loaded_at: float
+    """Seconds since the epoch."""
+    checked_at: float
     """When the store was last known to have this version, by the registry's clock."""
-    trusted_until: float = field(default=inf, kw_only=True)
-    """When it is to be asked again; never, while it is being asked."""
-    small_calls: int = field(default=0, kw_only=True)
-    """Calls of few rows since it was loaded, or since there were no bytes for a second engine."""
-    rare: Rare = field(default=_NOTHING_RARE, kw_only=True)
-
-    def note(self, **changes: Any) -> None:
-        """Change what is rare about it."""
-        self.rare = replace(self.rare, **changes)
 
     @property
     def loading(self) -> float:
         """Seconds from the last byte until the model could be used."""
         return self.load_seconds - self.downloading
+
+
+_PACKED = Struct("=QQdddd")
+
+
+@dataclass(slots=True, eq=False)
+class Resident(Place):
+    """A loaded model: what an entry of the table stands for."""
+
+    version: str
+    suffix: str
+    facts: ModelFacts
+    packed: bytes
+    """Its arrival: as objects the six figures, which are rarely looked at, would be 100 bytes more of each model."""
+    waiting: int = 0
+    """Calls for it that the worker has been sent and has not answered."""
+    tier: Tier = field(default="store", kw_only=True)
+    """Where its bytes came from."""
+    trusted_until: float = field(default=inf, kw_only=True)
+    """When the store is to be asked again; never, while it is being asked."""
+    small_calls: int = field(default=0, kw_only=True)
+    """Calls of few rows since it was loaded, or since there were no bytes for a second engine."""
+    rare: Rare = field(default=_NOTHING_RARE, kw_only=True)
+
+    @staticmethod
+    def pack(arrival: Arrival) -> bytes:
+        """Return what :attr:`arrival` is read from."""
+        return _PACKED.pack(*arrival)
+
+    @property
+    def arrival(self) -> Arrival:
+        """How it came."""
+        return Arrival(*_PACKED.unpack(self.packed))
+
+    def check(self, now: float) -> None:
+        """The store has this version now."""
+        self.packed = self.pack(self.arrival._replace(checked_at=now))
+
+    def note(self, **changes: Any) -> None:
+        """Change what is rare about it."""
+        self.rare = replace(self.rare, **changes)
 
 
 class Residency:
@@ -176,7 +202,7 @@ class Residency:
         """A model has come into a further worker."""
         place = copy.value
         place.worker.held[place.number] = copy
-        place.trusted_until = place.checked_at + self._refresh_after
+        place.trusted_until = self._trusted_until(place)
         self.counters.copies_made += 1
         self.history.settled(copy.key)
 
@@ -203,14 +229,14 @@ class Residency:
 
     def trust(self, place: Resident) -> None:
         """The store has this version now."""
-        place.checked_at = self.clock()
+        place.check(self.clock())
         if place.rare.doubt is not None:
             place.note(doubt=None)
         place.trusted_until = self._trusted_until(place)
 
     def _trusted_until(self, place: Resident) -> float:
         # Not the sum of something and infinity, which would be another object for each model.
-        return inf if self._refresh_after == inf else place.checked_at + self._refresh_after
+        return inf if self._refresh_after == inf else place.arrival.checked_at + self._refresh_after
 
     def note_end_of_renewal(self, flight: Flight) -> None:
         """A flight has ended: if nothing came of it, what it was to renew is as old as it was."""
@@ -301,23 +327,23 @@ class Residency:
     def info(self, entry: Entry[Resident]) -> ModelInfo:
         """Describe a resident model."""
         entry = entry.original or entry
-        place, facts = entry.value, entry.value.facts
+        place, facts, arrival = entry.value, entry.value.facts, entry.value.arrival
         return ModelInfo(
             name=entry.key,
             version=place.version,
             state=entry.state.value,
             size_bytes=entry.size,
-            artifact_bytes=place.artifact_bytes,
+            artifact_bytes=arrival.artifact_bytes,
             n_features=facts.n_features,
             feature_names=facts.feature_names,
             n_outputs=facts.n_outputs,
             workers=tuple(holder.value.worker.pid for holder in (entry, *entry.copies)),
             pinned=entry.pinned,
-            loaded_at=place.loaded_at,
+            loaded_at=arrival.loaded_at,
             last_used=time.time() - (self.clock() - entry.last_used),
             hits=entry.hits,
             total_hits=entry.past_hits + entry.hits,
-            load_seconds=place.load_seconds,
+            load_seconds=arrival.load_seconds,
             format=facts.format,
             container=facts.container,
             objective=facts.objective,

@@ -26,8 +26,6 @@ ROWS = zoo.rows(1)
 
 AIM = 1024
 """Bytes beyond the name."""
-MARGIN = 1.25
-"""Tables grow in steps, and a few objects of the loop come and go."""
 
 
 @pytest.fixture
@@ -64,7 +62,7 @@ async def test_a_resident_model_takes_under_a_kibibyte_of_the_parent(make_regist
     registry = await registry_of(make_registry)
     await call_each_twice(registry)
     assert len(registry.loaded()) == len(NAMES)
-    assert bytes_per_model() < AIM * MARGIN
+    assert bytes_per_model() < AIM
 
 
 @pytest.mark.usefixtures("traced")
@@ -77,4 +75,4 @@ async def test_an_evicted_model_takes_under_a_kibibyte_of_the_parent(make_regist
         await settle()
     assert len(registry.loaded()) == 1
     assert "it was evicted" in registry.explain(COUNTED[-1])
-    assert bytes_per_model() < AIM * MARGIN
+    assert bytes_per_model() < AIM
