@@ -222,8 +222,10 @@ def _readme(results: dict[str, Any]) -> str:
         lines.append(f"| {label} | {' | '.join(cells)} |")
     claims = "\n".join(f"* {claim_line(claim)}" for claim in results["claims"])
     notes = (
-        f"{report.describe(results)}\n\n{claims}\n* Every answer was compared with XGBoost's own, bit for bit. All "
-        "rivals, percentiles, spread, and the JSON: [benchmarks/results](benchmarks/results/latency.md).\n"
+        f"{report.describe(results)}\n\n{claims}\n"
+        "* A bare worker is another process that has the call of XGBoost's library and nothing else.\n"
+        "* Every answer was compared with XGBoost's own, bit for bit. All rivals, percentiles, spread, and the JSON: "
+        "[benchmarks/results](benchmarks/results/latency.md).\n"
     )
     return "\n".join(lines) + "\n\n" + notes
 
