@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from modelcache.pool.lost import Epitaph
     from modelcache.quarantine import Quarantine
     from modelcache.records import ModelInfo, Output
-    from modelcache.residency import Residency, Resident
+    from modelcache.residency import Residency
+    from modelcache.resident import Resident
 
     Matrix = NDArray[np.float32]
 

@@ -23,7 +23,7 @@ from modelcache.errors import ModelTooLargeError, StoreUnavailableError
 from modelcache.history import Took
 from modelcache.origin import Saving
 from modelcache.pool.turns import BRIEF
-from modelcache.residency import Arrival, Place, Residency, Resident
+from modelcache.resident import Arrival, Place, Resident
 from modelcache.stores.disk_tier import DiskCopy
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from modelcache.origin import Found
     from modelcache.pool.artifacts import LoadedFacts, Loading
     from modelcache.pool.pool import Pool, Worker
+    from modelcache.residency import Residency
 _COPY = "copy"
 
 _RAW = (".ubj", ".json", _COPY)
@@ -383,7 +384,7 @@ class Attempt:
             checked_at=self._asked_at - self.found.age,
         )  # fmt: skip
         place = Resident(
-            self._worker, self._loading.model, source.version, source.suffix, facts.model, Resident.pack(arrival),
+            self._worker, self._loading.model, source.version, source.suffix, facts.model, arrival.pack(),
             tier=self.found.tier,
         )  # fmt: skip
         if self.found.doubt is not None:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from modelcache.pool.lost import Epitaph
     from modelcache.pool.requests import Sliced
     from modelcache.records import Output, Tier
-    from modelcache.residency import Resident
+    from modelcache.resident import Resident
 
     Matrix = NDArray[np.float32]
     Answer = asyncio.Future[tuple[Matrix, float]]

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from modelcache.loader import Loader
     from modelcache.pool.artifacts import LoadedFacts
     from modelcache.pool.pool import Pool, Worker
-    from modelcache.residency import Residency, Resident
+    from modelcache.residency import Residency
+    from modelcache.resident import Resident
 
 _LONG = 8
 """Calls that wait for a worker when its line is called long."""

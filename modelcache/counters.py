@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from modelcache.errors import ModelCacheError
     from modelcache.pool.lost import Epitaph
-    from modelcache.residency import Resident
+    from modelcache.resident import Resident
 
 
 class Counters:

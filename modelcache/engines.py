@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from modelcache.pool.artifacts import Converted
     from modelcache.pool.pool import Worker
     from modelcache.records import Engine
-    from modelcache.residency import Residency, Resident
+    from modelcache.residency import Residency
+    from modelcache.resident import Resident
 
 EARNED = 128
 """Calls after which a conversion pays, or is tried again if there were no bytes for it: it takes as long as 50 to 150

@@ -10,7 +10,8 @@ from modelcache.sizing import show_bytes
 if TYPE_CHECKING:
     from modelcache.cache.entry import Entry
     from modelcache.history import Past
-    from modelcache.residency import Residency, Resident
+    from modelcache.residency import Residency
+    from modelcache.resident import Resident
 
 _CAUSES = {
     "unload": "it was unloaded by a call of unload()",

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from modelcache.leasing import Boarding, Leasing
     from modelcache.lifecycle import Lifecycle
     from modelcache.loader import Loader
-    from modelcache.residency import Residency, Resident
+    from modelcache.residency import Residency
+    from modelcache.resident import Resident
 
 
 class Groups:

@@ -10,7 +10,7 @@ from modelcache.cache.recent import Recent
 if TYPE_CHECKING:
     from modelcache.cache.entry import Entry
     from modelcache.errors import ModelCacheError
-    from modelcache.residency import Resident
+    from modelcache.resident import Resident
 
 _NAMES_REMEMBERED = 100_000
 

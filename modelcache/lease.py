@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from modelcache.cache.entry import Entry
     from modelcache.records import ModelInfo, Output
-    from modelcache.residency import Resident
+    from modelcache.resident import Resident
 
 
 class Lessor(Protocol):

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from modelcache.calls import Call
     from modelcache.lifecycle import Lifecycle
     from modelcache.loader import Loader
-    from modelcache.residency import Residency, Resident
+    from modelcache.residency import Residency
+    from modelcache.resident import Resident
 
 
 class Boarding(NamedTuple):

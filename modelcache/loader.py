@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from modelcache.cache.flight import Flight
     from modelcache.origin import Found, Origin
     from modelcache.pool.pool import Pool
-    from modelcache.residency import Residency, Resident
+    from modelcache.residency import Residency
+    from modelcache.resident import Resident
 
 logger = logging.getLogger("modelcache")
 

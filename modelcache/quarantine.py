@@ -9,7 +9,7 @@ from modelcache.errors import CorruptArtifactError
 if TYPE_CHECKING:
     from modelcache.cache.entry import Entry
     from modelcache.pool.pool import Worker
-    from modelcache.residency import Resident
+    from modelcache.resident import Resident
 
 CRASHES_FORGIVEN = 1
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from conftest import MakeRegistry
     from modelcache.cache.entry import Entry
     from modelcache.pool.pool import Worker
-    from modelcache.residency import Resident
+    from modelcache.resident import Resident
 
 WAITING = 8
 """As many calls as make a long line."""
