@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from modelcache.cache.entry import Entry
@@ -360,7 +361,7 @@ class Attempt:
         self.place = place = self._place(facts)
         older = state.ledger.table.get(flight.key)
         if flight.listed and older is not None:
-            place.note(replaced=older.value.version)
+            place.rare = replace(place.rare, replaced=older.value.version)
         waiters = state.flights.land(flight)
         entry = Entry(flight.key, place, size=facts.size, cost=state.cost_of(flight.key, place.arrival.load_seconds))
         entry.past_hits = state.hits_of(flight.key)
@@ -388,7 +389,7 @@ class Attempt:
             tier=self.found.tier,
         )  # fmt: skip
         if self.found.doubt is not None:
-            place.note(doubt=self.found.doubt)
+            place.rare = replace(place.rare, doubt=self.found.doubt)
         return place
 
     @property

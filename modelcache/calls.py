@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from dataclasses import replace
 from functools import partial
 from math import isnan
 from time import monotonic, perf_counter
@@ -222,7 +223,7 @@ async def ask(entry: Entry[Resident], call: Call) -> Matrix:
         if call.deadline:
             requests.deadlines.forget(number)
     if rows >= _FEW_ROWS:
-        place.note(row_seconds={**place.rare.row_seconds, call.output: seconds / rows})
+        place.rare = replace(place.rare, row_seconds={**place.rare.row_seconds, call.output: seconds / rows})
     return values
 
 
@@ -262,7 +263,7 @@ async def _ask_in_slices(entry: Entry[Resident], call: Call, order: list[int] | 
             answered = waiting.popleft()
             _end(answered)
             place = answered.place
-            place.note(row_seconds={**place.rare.row_seconds, call.output: seconds / len(values)})
+            place.rare = replace(place.rare, row_seconds={**place.rare.row_seconds, call.output: seconds / len(values)})
             if answers is None:
                 sliced.begun = True
                 answers = np.empty((rows, *values.shape[1:]), np.float32)

@@ -6,6 +6,7 @@ worker is told, and only free ones: no model is evicted to make another one fast
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -68,19 +69,20 @@ class Engines:
         place.small_calls += 1
         if EARNED - _KEPT < place.small_calls <= EARNED:
             if call.matrix.nbytes <= _LARGEST_KEPT:
-                place.note(rows_kept=(*place.rare.rows_kept, _as_sent(entry, call).tobytes()))
+                kept = (*place.rare.rows_kept, _as_sent(entry, call).tobytes())
+                place.rare = replace(place.rare, rows_kept=kept)
             if place.small_calls == EARNED:
                 self._order(entry)
 
     def _order(self, entry: Entry[Resident]) -> None:
         place, allowed = entry.value, _PER_BYTE * entry.size + _BESIDE
         rows = b"".join(place.rare.rows_kept)
-        place.note(rows_kept=())
+        place.rare = replace(place.rare, rows_kept=())
         if self._feared.get((entry.key, place.version)):
-            place.note(stays="a worker ended when it was converted")
+            place.rare = replace(place.rare, stays="a worker ended when it was converted")
             return
         if place.worker.alive and entry.state is State.READY and self._state.ledger.enlarge(entry, allowed):
-            place.note(engine_bytes=allowed)
+            place.rare = replace(place.rare, engine_bytes=allowed)
             place.worker.charged += allowed
             report = place.worker.process.artifacts.convert(place.number, allowed, rows)
             report.add_done_callback(partial(self._settle, entry, allowed))
@@ -93,7 +95,7 @@ class Engines:
             return
         place, result = entry.value, report.result()
         engine: Engine = "onnx" if result.refusal is None else "predictor"
-        place.note(engine=engine, engine_bytes=result.size, stays=result.refusal)
+        place.rare = replace(place.rare, engine=engine, engine_bytes=result.size, stays=result.refusal)
         place.worker.charged -= allowed - result.size
         self._state.retire(self._state.ledger.shrink(entry, allowed - result.size))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from dataclasses import replace
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -135,7 +136,7 @@ class Residency:
         """The store has this version now."""
         place.check(self.clock())
         if place.rare.doubt is not None:
-            place.note(doubt=None)
+            place.rare = replace(place.rare, doubt=None)
         place.trusted_until = self._trusted_until(place)
 
     def _trusted_until(self, place: Resident) -> float:
@@ -157,7 +158,7 @@ class Residency:
             self.retire(self.ledger.detach(entry.key, "deleted"))
             return False
         place: Resident = entry.value
-        place.note(doubt=f"{type(error).__name__}: {error}")
+        place.rare = replace(place.rare, doubt=f"{type(error).__name__}: {error}")
         place.trusted_until = self.clock() + max(self._refresh_after, self._failure_ttl)
         return True
 

@@ -6,10 +6,11 @@ looked at when somebody asks are packed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import inf
 from struct import Struct
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -61,9 +62,12 @@ _PACKED = Struct("=QQdddd")
 
 @dataclass(frozen=True, slots=True)
 class Rare:
-    """What there is to know of few models only: all others share one of these, and keep eight bytes for it."""
+    """What there is to know of few models only: all others share one of these, and keep eight bytes for it.
 
-    row_seconds: Mapping[int, float] = field(default_factory=dict)
+    ``place.rare = replace(place.rare, ...)`` changes it.
+    """
+
+    row_seconds: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
     """Seconds a row takes in a large call, as last measured, by what was asked for: contributions cost a thousand
     times what values do."""
     replaced: str | None = None
@@ -109,7 +113,3 @@ class Resident(Place):
     def check(self, now: float) -> None:
         """The store has this version now."""
         self.packed = self.arrival._replace(checked_at=now).pack()
-
-    def note(self, **changes: Any) -> None:
-        """Change what is rare about it."""
-        self.rare = replace(self.rare, **changes)

@@ -50,9 +50,14 @@ class Turns:
             self._rest(_REST * (monotonic() - began))
 
     def _rest(self, seconds: float) -> None:
-        """Keep a turn that has ended from the next for so long, if there are calls for that time."""
+        """Keep a turn that has ended from the next for so long, if there are calls now."""
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # a load that was dropped with its loop ends when it is collected
+            self._end()
+            return
         if self._is_asked():
-            asyncio.get_running_loop().call_later(min(seconds, _LONGEST_REST), self._end)
+            loop.call_later(min(seconds, _LONGEST_REST), self._end)
         else:
             self._end()
 

@@ -13,6 +13,7 @@ import zoo
 from conftest import settle
 from halting import go_on, halt
 from modelcache import Artifact, MemoryStore, NotModified, OverloadedError, PredictTimeoutError
+from modelcache.resident import Rare
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -27,7 +28,7 @@ LARGE = np.zeros((5_000, zoo.N), np.float32)
 async def send_whole(registry: ModelRegistry, name: str) -> None:
     """Let all rows for ``name`` travel in one piece, however slow this machine was when they were timed."""
     async with registry.acquire(name) as lease:
-        lease.entry.value.note(row_seconds={0: 1e-9})
+        lease.entry.value.rare = Rare(row_seconds={0: 1e-9})
 
 
 async def test_a_congested_lane_keeps_to_the_deadline(make_registry: MakeRegistry) -> None:

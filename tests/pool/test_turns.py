@@ -161,6 +161,21 @@ async def test_calls_have_the_processor_for_as_long_as_a_turn_took(
     assert parses.turns._taken == 0
 
 
+def test_a_load_that_is_dropped_with_its_loop_gives_its_turn_back() -> None:
+    """It ends when it is collected, and there is nothing left that could end a rest."""
+    turns = Turns(1, lambda: True)
+
+    async def load() -> None:
+        async with turns.turn():
+            await asyncio.sleep(0)
+
+    dropped = load()
+    dropped.send(None)
+    assert turns._taken == 1
+    dropped.close()
+    assert turns._taken == 0
+
+
 async def test_no_rest_is_longer_than_others_have_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """A damaged model was parsed for half a minute: that is no reason to load nothing for as long again."""
     monkeypatch.setattr("modelcache.pool.turns._REST", 1e12)
