@@ -1,4 +1,4 @@
-"""A worker that has nothing but XGBoost's own call: the floor of any library whose models are in another process.
+"""A worker that has nothing but XGBoost's own call: the least that we know how to write for models in another process.
 
 ``python benchmarks/bare_worker.py DESCRIPTOR`` answers requests from that socket, until it is closed. A request is
 :data:`REQUEST`, the path of an artifact, and rows of float32; an answer is :data:`ANSWER` and as many predictions. An
@@ -14,6 +14,7 @@ import socket
 import sys
 import tarfile
 from pathlib import Path
+from select import POLLIN, poll
 from struct import Struct
 from typing import Any
 
@@ -28,6 +29,7 @@ _CONFIG = (
     b'{"type":0,"training":false,"iteration_begin":0,"iteration_end":0,"strict_shape":false,"missing":NaN,"cache_id":0}'
 )
 _STAGE = np.empty(1 << 20, np.float32)
+_STAGED_AT = _STAGE.ctypes.data
 
 
 class Models:
@@ -44,6 +46,10 @@ class Models:
         _LIB.XGProxyDMatrixCreate(ctypes.byref(self._proxy))
         self._predict_dense = _LIB.XGBoosterPredictFromDense
 
+    def has(self, path: bytes) -> bool:
+        """Say whether it is loaded."""
+        return path in self._boosters
+
     def predict(self, path: bytes, rows: bytes, shape: tuple[int, int]) -> bytes:
         """Return the float32 of one prediction for each row."""
         if not path:
@@ -52,10 +58,10 @@ class Models:
         booster = self._boosters.get(path)
         if booster is None:
             booster = self._boosters[path] = _load(Path(path.decode()))
-        ctypes.memmove(_STAGE.ctypes.data, rows, len(rows))
+        ctypes.memmove(_STAGED_AT, rows, len(rows))
         interface = self._interfaces.get(shape) or self._interfaces.setdefault(
             shape,
-            b'{"data":[%d,true],"shape":[%d,%d],"typestr":"<f4","version":3}' % (_STAGE.ctypes.data, *shape),
+            b'{"data":[%d,true],"shape":[%d,%d],"typestr":"<f4","version":3}' % (_STAGED_AT, *shape),
         )
         failed = self._predict_dense(booster.handle, interface, _CONFIG, self._proxy, *self._into)
         assert not failed
@@ -77,19 +83,28 @@ def _load(path: Path) -> Any:
 
 
 def serve(sock: socket.socket) -> None:
-    """Answer what comes, all that is there in one write."""
-    models, received = Models(), b""
-    while data := sock.recv(1 << 20):
-        received, start, answers = received + data, 0, []
+    """Answer what comes: the predictions that are asked for together in one write, and what has to be loaded by itself.
+
+    It waits in poll(): who sleeps in recv() is woken up when the answer is read, too.
+    """
+    models, received, arrival = Models(), b"", poll()
+    arrival.register(sock, POLLIN)
+    while arrival.poll() and (data := sock.recv(1 << 20)):
+        received, start, answers = received + data, 0, list[bytes]()
         while len(received) - start >= REQUEST.size:
             path_size, rows, columns = REQUEST.unpack_from(received, start)
             path_at = start + REQUEST.size
             rows_at, end = path_at + path_size, path_at + path_size + 4 * rows * columns
             if end > len(received):
                 break
-            predictions = models.predict(received[path_at:rows_at], received[rows_at:end], (rows, columns))
+            path = received[path_at:rows_at]
+            is_load = not models.has(path)
+            predictions = models.predict(path, received[rows_at:end], (rows, columns))
             answers += [ANSWER.pack(len(predictions)), predictions]
             start = end
+            if is_load:
+                sock.sendall(b"".join(answers))
+                answers = []
         received = received[start:]
         if answers:
             sock.sendall(b"".join(answers))

@@ -136,7 +136,7 @@ class ReadFileThreads(ReadFile):
 
 
 class ReadFileElsewhere(Bare):
-    """The same in another process: the floor of any pool that loads."""
+    """The same in another process: the least that we know how to write for that."""
 
     label = "read, all in a bare worker"
 

@@ -93,7 +93,7 @@ class Claim:
     against: str = ""
     """Whose figure in the same round it is relative to; if empty, the figure is a ratio to the yardstick already."""
     bare: str = ""
-    """The rival that has another process, too, and nothing else: no design with processes does better."""
+    """The rival that has another process, too, and nothing but XGBoost's call there: what a process takes by itself."""
 
     def check(self, entries: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         """Return what was measured of it, None if its case was left out."""

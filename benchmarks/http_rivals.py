@@ -173,7 +173,7 @@ class RelayedEcho(Echo):
 
 
 class ByBareWorker(Served):
-    """One other process that has nothing but XGBoost's call: the floor of any app that predicts in processes."""
+    """One other process that has nothing but XGBoost's call: the least we know how to write for that."""
 
     label = "starlette, a bare worker"
     command = (str(HERE / "http_servers.py"), "by_bare_worker")

@@ -249,7 +249,7 @@ def _page(results: dict[str, Any], tables: list[report.Table]) -> str:
 * "inplace_predict on the loop" lets everything else in the app wait while it predicts or loads. The echo predicts
   nothing: it is the floor of any design with processes. The bare worker ([bare_worker.py](../bare_worker.py)) predicts:
   it has the call of XGBoost's library and the way to it, one process of the two that there could be, and nothing else.
-  It is the floor of any such design that predicts, with one client; many calls it does not predict together.
+  With one client it is the least that we know how to write for that; many calls it does not predict together.
 * CPU is that of all processes of the rival, per call. RSS and PSS are of all of them too, read while no other rival
   runs; PSS counts pages that they share once.
 * Correct: every answer is compared with `Booster.predict(DMatrix(rows))`, bit for bit."""

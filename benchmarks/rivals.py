@@ -278,12 +278,12 @@ class _EchoProtocol(asyncio.Protocol):
 
 
 class Bare(Rival):
-    """The call of XGBoost's library in one other process, and nothing else: the floor of any pool that predicts."""
+    """The call of XGBoost's library in one other process: the least that we know how to write for that."""
 
     label = "a bare worker"
 
     async def start(self) -> None:
-        """Start the worker, which has XGBoost by the time of the first answer."""
+        """Start the worker, and have it import XGBoost."""
         mine, others = socket.socketpair()
         command = [sys.executable, str(Path(__file__).with_name("bare_worker.py")), str(others.fileno())]
         self._child = subprocess.Popen(command, pass_fds=[others.fileno()])  # noqa: ASYNC220 - nothing waits meanwhile
@@ -291,6 +291,8 @@ class Bare(Rival):
         mine.setblocking(False)
         loop = asyncio.get_running_loop()
         _, self._protocol = await loop.create_unix_connection(_BareProtocol, sock=mine)
+        self._paths: dict[str, bytes] = {}
+        await self.forget()
 
     async def close(self) -> None:
         """End it."""
@@ -307,11 +309,13 @@ class Bare(Rival):
 
     async def predict(self, name: str, rows: Any) -> Any:
         """Send and wait."""
-        path = bytes(self.path(name))
+        path = self._paths.get(name)
+        if path is None:
+            path = self._paths[name] = bytes(self.path(name))
         return await self._protocol.ask(REQUEST.pack(len(path), *rows.shape) + path + rows.tobytes())
 
 
-class _BareProtocol(asyncio.Protocol):
+class _BareProtocol(asyncio.BufferedProtocol):
     """Sends each request at once; the answers come in the same order."""
 
     transport: asyncio.Transport
@@ -319,11 +323,18 @@ class _BareProtocol(asyncio.Protocol):
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._waiting: deque[asyncio.Future[Matrix]] = deque()
-        self._arrived = bytearray()
+        self._buffer = memoryview(bytearray(1 << 18))
+        self._filled = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Start."""
         self.transport = cast("asyncio.Transport", transport)  # uvloop's is no instance of it
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Tell who waits."""
+        for future in self._waiting:
+            if not future.done():
+                future.set_exception(exc or ConnectionError("The worker has ended."))
 
     def ask(self, request: bytes) -> asyncio.Future[Matrix]:
         """Send ``request``; the future gives the predictions."""
@@ -332,17 +343,26 @@ class _BareProtocol(asyncio.Protocol):
         self.transport.write(request)
         return future
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Return where the next bytes are to be written."""
+        del sizehint
+        return self._buffer[self._filled :]
+
+    def buffer_updated(self, nbytes: int) -> None:
         """Resolve the calls whose answers are here in full."""
         import numpy as np
 
-        self._arrived += data
-        while len(self._arrived) >= ANSWER.size:
-            end = ANSWER.size + ANSWER.unpack_from(self._arrived)[0]
-            if len(self._arrived) < end:
-                return
-            self._waiting.popleft().set_result(np.frombuffer(self._arrived[ANSWER.size : end], np.float32))
-            del self._arrived[:end]
+        self._filled += nbytes
+        start = 0
+        while self._filled - start >= ANSWER.size:
+            end = start + ANSWER.size + ANSWER.unpack_from(self._buffer, start)[0]
+            if end > self._filled:
+                break
+            values = bytes(self._buffer[start + ANSWER.size : end])
+            self._waiting.popleft().set_result(np.frombuffer(values, np.float32))
+            start = end
+        rest = bytes(self._buffer[start : self._filled])
+        self._buffer[: len(rest)], self._filled = rest, len(rest)
 
 
 class ModelCache(Rival):
