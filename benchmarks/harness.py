@@ -39,6 +39,10 @@ class Question:
     rows: Any
     expected: np.ndarray[Any, np.dtype[np.float32]]
 
+    def times(self, count: int) -> Question:
+        """Return a call with all of its rows ``count`` times over."""
+        return Question(self.name, np.tile(self.rows, (count, 1)), np.tile(self.expected, count))
+
 
 @dataclass
 class Record:

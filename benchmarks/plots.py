@@ -107,14 +107,14 @@ def plot_throughput(results: dict[str, Any], path: Path) -> None:
 
 
 def plot_scaling(results: dict[str, Any], path: Path) -> None:
-    """Draw the calls of one hot model, and of ten."""
-    figure, axes = plt.subplots(1, 2, figsize=(13, 3.2), layout="constrained")
-    titles = (("hot", "One hot model: calls/s"), ("ten", "Ten models: calls/s"))
-    for (case, title), panel in zip(titles, axes.flat, strict=True):
+    """Draw the calls of one hot model, of ten, and of one client with many rows."""
+    figure, axes = plt.subplots(1, 3, figsize=(17, 3.2), layout="constrained")
+    titles = {"hot": "One hot model", "ten": "Ten models", "big": "20,480 rows at once"}
+    for (case, title), panel in zip(titles.items(), axes.flat, strict=True):
         _bars(panel, results, case, "calls_per_second")
-        _entitle(panel, title, "longer is better")
+        _entitle(panel, f"{title}: calls/s", "longer is better")
     figure.suptitle(
-        f"16 clients, calls of 64 rows, {results['settings']['trees']} trees: "
+        f"16 clients with calls of 64 rows, or one, {results['settings']['trees']} trees: "
         f"medians of {results['settings']['rounds']} interleaved rounds",
         fontsize=11,
     )

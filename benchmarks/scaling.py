@@ -1,13 +1,13 @@
-"""One worker against two: what a second processor brings to one hot model, and to ten.
+"""One worker against two: what a second processor brings to one hot model, to ten, and to a lone call of many rows.
 
     python benchmarks/scaling.py            about two minutes; writes benchmarks/results/scaling.{json,md,png}
     python benchmarks/scaling.py --quick    seconds; shows that it works, not how fast anything is
 
-Sixteen clients ask in a closed loop, each time with 64 rows, models of 500 trees of depth 6: the worker is what they
-wait for, and the process that asks is not. That is shown, not assumed: the share of a processor that each uses stands
-beside the calls. With two workers the hot model is called until there is a copy of it in the second one, before
-anything is measured. Each rival runs in a process of its own, they take turns, and XGBoost has one thread everywhere.
-Each answer is compared with XGBoost's own, bit for bit, after the clock has stopped.
+Sixteen clients ask in a closed loop, each time with 64 rows, models of 500 trees of depth 6; then one client does, with
+20,480 rows. The worker is what they wait for, and the process that asks is not. That is shown, not assumed: the share
+of a processor that each uses stands beside the calls. With two workers the hot model is called until there is a copy of
+it in the second one, before anything is measured. Each rival runs in a process of its own, they take turns, and XGBoost
+has one thread everywhere. Each answer is compared with XGBoost's own, bit for bit, after the clock has stopped.
 """
 
 from __future__ import annotations
@@ -31,8 +31,22 @@ from scaling_rivals import CLIENTS, RIVALS
 if TYPE_CHECKING:
     Round = dict[str, Any]
 
-CASES = {"hot": (1, "One hot model"), "ten": (len(NAMES), "Ten models, called alike")}
-"""How many models are called, and what that is called."""
+
+@dataclass(frozen=True)
+class Case:
+    """Calls of so many ``models`` by so many ``clients``, each ``times`` as many rows as a question has."""
+
+    title: str
+    models: int
+    clients: int = CLIENTS
+    times: int = 1
+
+
+CASES = {
+    "hot": Case("One hot model", 1),
+    "ten": Case("Ten models, called alike", len(NAMES)),
+    "big": Case("One hot model, and one client with many rows at once", 1, clients=1, times=320),
+}
 
 YARDSTICK, CANDIDATE = "modelcache-1", "modelcache-2"
 """What ratios are relative to, and whose is claimed."""
@@ -97,17 +111,18 @@ def measure(folder: Path, plan: Plan) -> dict[str, Any]:
                 heat = contender.order(do="heat", patience=plan.patience)
                 if contender.key == CANDIDATE:
                     heated.append(heat)
-            for case, (models, _title) in CASES.items():
+            for key, case in CASES.items():
+                what = {"models": case.models, "clients": case.clients, "times": case.times}
                 for contender in contenders:
-                    found = contender.order(do="ask", models=models, seconds=plan.seconds, warm_up=plan.warm_up)
-                    seen.setdefault((case, contender.key), []).append(found)
+                    found = contender.order(do="ask", **what, seconds=plan.seconds, warm_up=plan.warm_up)
+                    seen.setdefault((key, contender.key), []).append(found)
     results["cases"] = [_entry(case, key, rounds, seen[case, YARDSTICK]) for (case, key), rounds in seen.items()]
     return results
 
 
 def _entry(case: str, key: str, rounds: list[Round], yardstick: list[Round]) -> dict[str, Any]:
     shares = {share: report.summary([seen[share] for seen in rounds]) for share in _SHARES}
-    return entry(case, CASES[case][1], key, rounds, yardstick) | shares
+    return entry(case, CASES[case].title, key, rounds, yardstick) | shares
 
 
 # Reporting
@@ -121,7 +136,7 @@ def _table(results: dict[str, Any], case: str) -> report.Table:
         "CPU µs per call", "stable", "correct",
     )  # fmt: skip
     return report.Table(
-        CASES[case][1], columns, [_row(results, entry) for entry in entries], highlighted=RIVALS[CANDIDATE].label
+        CASES[case].title, columns, [_row(results, entry) for entry in entries], highlighted=RIVALS[CANDIDATE].label
     )
 
 
@@ -183,8 +198,10 @@ def _page(results: dict[str, Any], tables: list[report.Table]) -> str:
   `{RIVALS[YARDSTICK].label}`, taken within each round.
 * "stable" is NO when the interquartile range of the rounds' p50 or calls/s is over {report.STEADY:.0%} of the median:
   believe the order of magnitude, not the digits.
-* {settings["clients"]} clients in a closed loop, {settings["rows"]} rows in each call, {settings["trees"]} trees of
-  depth {settings["depth"]}, `nthread=1`. All are given a float32 array made beforehand.
+* {settings["clients"]} clients in a closed loop, {settings["rows"]} rows in each call, or one client with
+  {CASES["big"].times * settings["rows"]:,} rows; {settings["trees"]} trees of depth {settings["depth"]}, `nthread=1`.
+  All are given a float32 array made beforehand.
+* A call of many rows is answered in slices, by all workers that hold the model and have time.
 * CPU shares are of one processor: 100% is one that is never idle. Where they add up to the usable cores, the machine is
   what the calls wait for.
 * `to_thread` has both processors, too: XGBoost releases the GIL while it predicts.

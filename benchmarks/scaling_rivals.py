@@ -13,16 +13,13 @@ import sys
 import time
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import psutil
 
 from harness import Question, closed_loop, figures, for_a_while, standard_input, tell
 from models import HOT, read_questions
 from rivals import Direct, ModelCacheArray, Rival, Threads
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 CLIENTS = 16
 _LOOK = 0.25
@@ -81,11 +78,15 @@ class Serving:
         copies, size = rival.copies() if isinstance(rival, OneWorker) else (0, 0)
         return {"seconds": round(perf_counter() - started, 2), "copies": copies, "bytes": size}
 
-    async def ask(self, *, models: int, seconds: float, warm_up: float) -> dict[str, Any]:
-        """Ask so many models, and report the calls, and the share of one processor that each process has used."""
-        await closed_loop(self._rival, self._for(warm_up, models), CLIENTS)
+    async def ask(self, *, models: int, clients: int, times: int, seconds: float, warm_up: float) -> dict[str, Any]:
+        """Ask so many models, and report the calls, and the share of one processor that each process has used.
+
+        A call has ``times`` the rows of a question.
+        """
+        questions = [question.times(times) for question in self._of(models)]
+        await closed_loop(self._rival, for_a_while(questions, warm_up), clients)
         parent, workers = time.process_time(), _cpu_of_children()
-        record = await closed_loop(self._rival, self._for(seconds, models), CLIENTS)
+        record = await closed_loop(self._rival, for_a_while(questions, seconds), clients)
         parent, workers = time.process_time() - parent, _cpu_of_children() - workers
         shares = {"parent_share": parent / record.elapsed, "workers_share": workers / record.elapsed}
         return {**figures(self._rival, record, parent + workers), **shares}
@@ -93,9 +94,6 @@ class Serving:
     def _of(self, models: int) -> list[Question]:
         names = list(dict.fromkeys(question.name for question in self._questions))[:models]
         return [question for question in self._questions if question.name in names]
-
-    def _for(self, seconds: float, models: int) -> Iterator[Question]:
-        return for_a_while(self._of(models), seconds)
 
 
 def _cpu_of_children() -> float:

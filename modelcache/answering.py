@@ -7,12 +7,14 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from modelcache.admission import check_not_in_vain
+from modelcache.asking import ask
 from modelcache.cache.entry import State
-from modelcache.calls import Call, Trace, ask
+from modelcache.calls import Call, Trace
 from modelcache.errors import LoadTimeoutError, OverloadedError, WorkerCrashedError
 from modelcache.names import check_name
 from modelcache.pool.lost import WorkerLostError
 from modelcache.records import Invocation
+from modelcache.slicing import takes_long
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -138,12 +140,14 @@ class Answering:
         return self._state.info(entry)
 
     async def _ask_one_of(self, entry: Entry[Resident], call: Call) -> Matrix:
-        """Ask a model that is in several workers."""
+        """Ask a model that is in several workers: one of them, or if that would take long, all that have time."""
         seat = self._leasing.seat(entry, self._queue_limit)
+        helpers = self._leasing.other_seats(entry, seat) if takes_long(seat.value, call) else ()
         try:
-            answer = await ask(seat, call)
+            answer = await ask(seat, call, helpers)
         finally:
-            self._leasing.release(seat)
+            for held in (seat, *helpers):
+                self._leasing.release(held)
         if self._engines is not None:
             self._engines.saw(seat, call)
         return answer

@@ -1,35 +1,17 @@
-"""A call: rows to the worker that holds the model, predictions back, within a deadline.
-
-A call that would keep a worker busy for long travels in slices, two at a time: one is copied while the other is being
-predicted, and calls of others that arrive meanwhile are answered between them. Large batches are not converted, nor
-even copied, as a whole: each slice goes from the caller's array straight into memory shared with the worker.
-"""
+"""A call, from the rows it came with to what became of it."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from dataclasses import replace
-from functools import partial
 from math import isnan
 from time import monotonic, perf_counter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from anyio import to_thread
 
-from modelcache.admission import admit
-from modelcache.errors import InvalidInputError, ModelCacheError, PredictTimeoutError
-from modelcache.inputs import (
-    as_matrix,
-    column_order,
-    is_large,
-    is_numeric_array,
-    pack_row,
-    read_large,
-    write_rows,
-)
-from modelcache.pool.shared import SLOT_BYTES
+from modelcache.errors import InvalidInputError, PredictTimeoutError
+from modelcache.inputs import as_matrix, is_large, is_numeric_array, pack_row, read_large
 from modelcache.pool.wire import OUTPUTS
 from modelcache.records import Timings
 
@@ -40,7 +22,6 @@ if TYPE_CHECKING:
 
     from modelcache.cache.entry import Entry
     from modelcache.pool.lost import Epitaph
-    from modelcache.pool.requests import Sliced
     from modelcache.records import Output, Tier
     from modelcache.resident import Resident
 
@@ -50,20 +31,6 @@ if TYPE_CHECKING:
 _OUTPUT_CODES = {output: code for code, output in enumerate(OUTPUTS)}
 
 _VALUE = _OUTPUT_CODES["value"]
-
-_SLICE_SECONDS = 0.001
-"""How long one slice should keep a worker busy: others that come may wait so long."""
-_SHORT_SLICE_SECONDS = 0.0004
-"""The same while there are others: a slice costs 0.05 to 0.1 ms beside its rows."""
-_ALONE_AFTER = 20
-"""Slices in a row after which there are no others: who waits for an answer to ask the next is there again sooner."""
-_FEW_ROWS = 64
-"""XGBoost predicts in blocks of this many: fewer tell little about the cost of a row."""
-_ROW_SECONDS_GUESSED = _SLICE_SECONDS / _FEW_ROWS
-"""What a row is taken to cost before it is measured: predictions take a microsecond, contributions up to many
-milliseconds."""
-_SLICES_IN_FLIGHT = 2
-"""One that runs, and one that waits so that the worker need not."""
 
 
 class Call:
@@ -191,153 +158,6 @@ class Trace:
         )
 
 
-async def ask(entry: Entry[Resident], call: Call) -> Matrix:
-    """Return the predictions of a leased ``entry``."""
-    place, (rows, width) = entry.value, call.shape
-    facts, requests = place.facts, place.worker.requests
-    order: list[int] | None = None
-    if call.columns is not None or width != facts.n_features:
-        order = column_order(
-            width, call.columns,
-            model=entry.key, n_features=facts.n_features, feature_names=facts.feature_names,
-        )  # fmt: skip
-    if requests.waiting >= call.queue_limit:
-        admit(entry.key, place, requests, call.queue_limit)
-    if rows > 1 and _takes_long(place, call):
-        with requests.slices_of(place) as sliced:
-            return await _ask_in_slices(entry, call, order, sliced)
-    if requests.congested:
-        await _writable(entry, call.deadline)
-    number, answer = _send(call, place, order)
-    if call.deadline:
-        requests.deadlines.note(number, call.deadline, partial(_expire, entry, number, answer))
-    call.note_hit(entry)
-    try:
-        values, seconds = await answer
-    except BaseException as error:
-        requests.cancel(number)
-        if isinstance(error, ModelCacheError):
-            error.model = entry.key
-        raise
-    finally:
-        if call.deadline:
-            requests.deadlines.forget(number)
-    if rows >= _FEW_ROWS:
-        place.rare = replace(place.rare, row_seconds={**place.rare.row_seconds, call.output: seconds / rows})
-    return values
-
-
-def _takes_long(place: Resident, call: Call) -> bool:
-    seconds = place.rare.row_seconds.get(call.output, _ROW_SECONDS_GUESSED)
-    return call.large or call.shape[0] * seconds > 2 * _SLICE_SECONDS
-
-
-def _send(call: Call, place: Resident, order: list[int] | None) -> tuple[int, Answer]:
-    if call.packed is not None:  # without names, hence in the model's own order
-        return place.worker.requests.predict_packed(place, call.shape, call.packed, call.output, call.deadline)
-    matrix = call.matrix if order is None else call.matrix.take(order, axis=1)
-    return place.worker.requests.predict(place, matrix, call.output, call.deadline)
-
-
-class _Slice(NamedTuple):
-    """Rows ``start`` to ``stop`` of a call, on their way to a worker that holds the model."""
-
-    start: int
-    stop: int
-    place: Resident
-    number: int
-    answer: Answer
-
-
-async def _ask_in_slices(entry: Entry[Resident], call: Call, order: list[int] | None, sliced: Sliced) -> Matrix:
-    rows, sent = call.shape[0], 0
-    answers: Matrix | None = None
-    waiting: deque[_Slice] = deque()
-    try:
-        while sent < rows or waiting:
-            while sent < rows and len(waiting) < _SLICES_IN_FLIGHT:
-                await _writable(entry, call.deadline, counted=False)
-                waiting.append(_send_slice(entry, call, order, sent, sliced))
-                sent = waiting[-1].stop
-            values, seconds = await waiting[0].answer
-            answered = waiting.popleft()
-            _end(answered)
-            place = answered.place
-            place.rare = replace(place.rare, row_seconds={**place.rare.row_seconds, call.output: seconds / len(values)})
-            if answers is None:
-                sliced.begun = True
-                answers = np.empty((rows, *values.shape[1:]), np.float32)
-            answers[answered.start : answered.stop] = values
-    except ModelCacheError as error:
-        error.model = entry.key
-        raise
-    finally:
-        for slice_ in waiting:
-            _end(slice_)
-    assert answers is not None
-    return answers
-
-
-def _send_slice(entry: Entry[Resident], call: Call, order: list[int] | None, start: int, sliced: Sliced) -> _Slice:
-    place = entry.value
-    part = call.matrix[start : start + _slice_rows(place, call)]
-    number, answer = place.worker.requests.predict_written(
-        place, part.shape, partial(write_rows, part, order), call.output, call.deadline, sliced=sliced
-    )
-    if call.deadline:
-        place.worker.requests.deadlines.note(number, call.deadline, partial(_expire, entry, number, answer))
-    return _Slice(start, start + len(part), place, number, answer)
-
-
-def _end(slice_: _Slice) -> None:
-    """Let go of a slice, answered or not."""
-    requests = slice_.place.worker.requests
-    requests.deadlines.forget(slice_.number)
-    # Whatever has become of the future: a call that is cancelled has the one cancelled that it waits for.
-    requests.cancel(slice_.number)
-    if not slice_.answer.cancel() and not slice_.answer.cancelled():
-        slice_.answer.exception()  # it may have failed unseen, behind the slice that failed the call
-
-
-def _slice_rows(place: Resident, call: Call) -> int:
-    most: int = SLOT_BYTES // (4 * call.shape[1])
-    alone = place.worker.requests.slices_in_a_row >= _ALONE_AFTER
-    seconds = _SLICE_SECONDS if alone else _SHORT_SLICE_SECONDS
-    wanted = seconds / place.rare.row_seconds.get(call.output, _ROW_SECONDS_GUESSED)
-    return max(1, min(most, int(wanted)))
-
-
-def _expire(entry: Entry[Resident], number: int, answer: Answer) -> None:
-    if answer.done():
-        return
-    worker = entry.value.worker
-    wait = worker.requests.expected_wait()  # this call, which has waited in vain, among those that it goes by
-    worker.requests.cancel(number)
-    worker.suspect()
-    answer.set_exception(_timed_out(entry, wait))
-
-
-async def _writable(entry: Entry[Resident], deadline: float, *, counted: bool = True) -> None:
-    """Wait until the worker has taken enough of what was sent before, and no longer than the call may take."""
-    try:
-        async with asyncio.timeout(deadline - monotonic() if deadline else None):
-            await entry.value.worker.requests.writable(counted=counted)
-    except TimeoutError as error:
-        worker = entry.value.worker
-        worker.suspect()
-        raise _timed_out(entry, worker.requests.expected_wait()) from error
-
-
 def _loop_time(deadline: float) -> float | None:
     """Return ``deadline``, which is monotonic and 0.0 for none, by the clock of the loop."""
     return asyncio.get_running_loop().time() + deadline - monotonic() if deadline else None
-
-
-def _timed_out(entry: Entry[Resident], wait: float) -> PredictTimeoutError:
-    others = entry.value.worker.requests.waiting
-    return PredictTimeoutError(
-        f"{entry.key} did not answer within the timeout; {others} more calls wait for its worker. "
-        "Give it more time, or send fewer rows at once.",
-        model=entry.key,
-        retry_after=wait,
-    )

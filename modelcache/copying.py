@@ -1,10 +1,12 @@
 """Hot copies: a model whose calls wait in line at a worker that never rests is loaded into a further one.
 
+So is one whose rows do: those of calls that take long, and are sent in slices.
+
 A copy takes only bytes that nobody else needs, and is the first to be evicted when somebody does. It has the version of
 its original and leaves with it. Calls are spread by consistent hashing with bounded loads (Mirrokni, Thorup and
 Zadimoghaddam, 2018), the order of the workers being fixed: each call goes to the first whose line is no more than a
 quarter longer than the average, so that copies, and the caches of their workers, are left alone when they are not
-needed.
+needed. Slices are for all who have time: see slicing.py.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 _LONG = 8
 """Calls that wait for a worker when its line is called long."""
+_MOSTLY = 0.5
+"""Share of its time which slices of one model take of a worker that is there for these above all."""
 _BUSY, _FREE = 0.8, 0.5
 """Share of the time for which a worker has calls to answer, from which it is what they wait for; and up to which
 another can do some of its work."""
@@ -43,16 +47,16 @@ class Copier:
         self._loader = loader
         self._pool = pool
         self._crowded: set[Worker] = set()
-        """Those whose line was long at the last look."""
+        """Those which had too much to do at the last look."""
         self._looks = 0
         self._next_try: dict[Entry[Resident], tuple[int, int]] = {}
         """For models that were to be copied: the look from which on again, and how many to wait after that."""
 
     def look(self) -> None:
-        """Take one look; a line that is long at two of them in a row has stayed so."""
+        """Take one look; what is so at two of them in a row has stayed so."""
         self._looks += 1
         self._next_try = {entry: then for entry, then in self._next_try.items() if entry.state is State.READY}
-        crowded = {worker for worker in self._pool.up() if worker.busy >= _BUSY and worker.line >= _LONG}
+        crowded = {worker for worker in self._pool.up() if worker.busy >= _BUSY and _is_wanted(worker)}
         for worker in crowded & self._crowded:
             entry = self._most_wanted(worker)
             if entry is not None and self._has_room(entry) and self._is_due(entry):
@@ -73,16 +77,32 @@ class Copier:
         return True
 
     def _most_wanted(self, worker: Worker) -> Entry[Resident] | None:
-        """Return the model that half of the calls wait for, or more, if there is one."""
-        waited_for = [worker.held[number] for number in worker.requests.models_waiting() & worker.held.keys()]
-        entry: Entry[Resident] | None = max(waited_for, key=_line, default=None)
-        if entry is None or 2 * _line(entry) < worker.requests.waiting:
+        """Return the model that is to be copied, if it is to blame for half of what there is to do, or more."""
+        entry = _most_sliced(worker) or _most_waited_for(worker)
+        if entry is None:
             return None
         original = entry.original or entry
         return original if original.state is State.READY else None
 
     def _is_under_way(self, entry: Entry[Resident]) -> bool:
         return any(flight.copies is entry for flight in self._state.flights.airborne)
+
+
+def _is_wanted(worker: Worker) -> bool:
+    return worker.line >= _LONG or max(worker.slices.values(), default=0.0) >= _MOSTLY
+
+
+def _most_sliced(worker: Worker) -> Entry[Resident] | None:
+    """Return the model whose slices kept the worker busy most of the time, if there is one."""
+    number = max(worker.slices, key=worker.slices.__getitem__, default=0)
+    return worker.held.get(number) if worker.slices.get(number, 0.0) >= _MOSTLY else None
+
+
+def _most_waited_for(worker: Worker) -> Entry[Resident] | None:
+    """Return the model that half of the calls wait for, or more, if there is one."""
+    waited_for = [worker.held[number] for number in worker.requests.models_waiting() & worker.held.keys()]
+    entry: Entry[Resident] | None = max(waited_for, key=_line, default=None)
+    return entry if entry is not None and 2 * _line(entry) >= worker.requests.waiting else None
 
 
 def _line(entry: Entry[Resident]) -> int:

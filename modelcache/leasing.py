@@ -96,6 +96,13 @@ class Leasing:
         self._state.ledger.lease(seat)
         return seat
 
+    def other_seats(self, entry: Entry[Resident], seat: Entry[Resident]) -> list[Entry[Resident]]:
+        """Lease ``entry`` and its copies, all but the ``seat`` that has been leased."""
+        others = [other for other in (entry, *entry.copies) if other is not seat]
+        for other in others:
+            self._state.ledger.lease(other)
+        return others
+
     def find(self, name: str) -> Entry[Resident] | None:
         """Return the resident model that ``name`` means, also when it is listed with, or without, its suffix."""
         if not isinstance(name, str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from modelcache.copying import pick_seat
 from modelcache.testing import FakeClock, GatedStore
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from conftest import MakeRegistry
@@ -38,10 +40,17 @@ def worker_of(registry: ModelRegistry, name: str) -> Worker:
     return home(registry, name).value.worker
 
 
-def look(registry: ModelRegistry, *busy: Worker, times: int = 2) -> None:
+def look(
+    registry: ModelRegistry,
+    *busy: Worker,
+    times: int = 2,
+    line: float = WAITING,
+    slices: Mapping[int, float] = MappingProxyType({}),
+) -> None:
     """Let the registry look ``times`` in a row, while only ``busy`` workers compute."""
     for worker in registry._pool.workers:
-        worker.busy, worker.line = float(worker in busy), float(WAITING)
+        worker.busy, worker.line = float(worker in busy), line
+        worker.slices = dict(slices) if worker in busy else {}
     for _ in range(times):
         registry._copier.look()
 
@@ -113,6 +122,31 @@ class TestMaking:
         assert (registry.stats().copies_made, registry.stats().loads) == (1, 1)
         assert all(str(pid) in registry.explain("hot") for pid in info.workers)
         await line.let_through()
+
+    @pytest.mark.parametrize(("share", "copies"), [(0.5, 1), (0.4, 0)])
+    async def test_long_calls_at_a_busy_worker_are_shared(
+        self, make_registry: MakeRegistry, store: GatedStore, share: float, copies: int
+    ) -> None:
+        """Few wait for a model that takes most of a worker's time, in slices: all their rows do."""
+        registry = await make_registry(store, workers=2, predictor=odd.ODD)
+        await registry.load("hot")
+        worker, number = worker_of(registry, "hot"), home(registry, "hot").value.number
+        look(registry, worker, line=2.0, slices={number: share, number + 1: 1 - share})
+        await copied(registry)
+        assert registry.stats().copies == copies
+
+    async def test_the_long_calls_of_a_copy_are_its_originals(
+        self, make_registry: MakeRegistry, store: GatedStore
+    ) -> None:
+        """What keeps a copy's worker busy is copied from where it came: there is one list of workers that hold it."""
+        registry = await make_registry(store, workers=3, predictor=odd.ODD)
+        await registry.load("hot")
+        registry._loader.copy(home(registry, "hot"))
+        await copied(registry)
+        (copy,) = home(registry, "hot").copies
+        look(registry, copy.value.worker, line=1.0, slices={copy.value.number: 1.0})
+        await copied(registry)
+        assert len(home(registry, "hot").copies) == 2
 
     async def test_one_look_is_not_enough(self, make_registry: MakeRegistry, store: GatedStore, gate: odd.Gate) -> None:
         """A line that is long at one look only was a burst."""

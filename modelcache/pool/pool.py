@@ -71,6 +71,8 @@ class Worker:
         """Share of the time between the last two checks for which it had a call to answer."""
         self.line = 0.0
         """How many calls waited for it on average, between the last two checks."""
+        self.slices: dict[int, float] = {}
+        """Share of the time between the last two checks for which slices of long calls kept it busy, by model."""
 
     async def start(self, threads: int, predictor: str) -> None:
         """Start the process and wait until it is up; on an error nothing of it is left."""
@@ -179,6 +181,8 @@ class Worker:
         self.busy = 1 - (rested - self._rested) / period
         self.line = (waited - self._waited) / period
         self._rested, self._waited = rested, waited
+        self.slices = {model: seconds / period for model, seconds in self.requests.slice_seconds.items()}
+        self.requests.slice_seconds.clear()
 
     @property
     def converting(self) -> int:

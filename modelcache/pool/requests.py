@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from asyncio import InvalidStateError
+from collections import defaultdict
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -130,6 +131,8 @@ class RequestChannel(Channel):
         self.slices_in_a_row = 0
         """Calls of :meth:`predict_written` since anything else was sent."""
         self._last_slice = 0
+        self.slice_seconds: defaultdict[int, float] = defaultdict(float)
+        """What slices have kept the worker busy for, by model, since somebody looked."""
 
     def predict(
         self, queue: Queue, rows: Matrix, output: int, deadline: float

@@ -19,7 +19,7 @@ import pytest
 import zoo
 from conftest import settle
 from halting import go_on, halt
-from modelcache import InvalidInputError, MemoryStore, PredictTimeoutError, calls
+from modelcache import InvalidInputError, MemoryStore, PredictTimeoutError, slicing
 from modelcache.inputs import LARGE_CELLS, as_matrix
 from modelcache.pool.requests import SHARED_FROM
 from modelcache.pool.shared import SLOT_BYTES, SLOTS
@@ -65,8 +65,8 @@ async def until(condition: Callable[[], Any]) -> None:
 @pytest.fixture
 def slices_as_large_as_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     """However slow the machine is meanwhile."""
-    monkeypatch.setattr(calls, "_SLICE_SECONDS", 1e6)
-    monkeypatch.setattr(calls, "_SHORT_SLICE_SECONDS", 1e6)
+    monkeypatch.setattr(slicing, "_SLICE_SECONDS", 1e6)
+    monkeypatch.setattr(slicing, "_SHORT_SLICE_SECONDS", 1e6)
 
 
 BORDERS = {

@@ -1,0 +1,279 @@
+"""A call that takes long is answered by all workers which hold its model and have time; and is as good as any."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+import odd
+import zoo
+from conftest import settle
+from halting import go_on, halt
+from modelcache import InvalidInputError, MemoryStore, ModelCacheError, PredictTimeoutError, WorkerCrashedError, slicing
+from modelcache.inputs import LARGE_CELLS
+from modelcache.pool.shared import SLOTS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from conftest import MakeRegistry
+    from modelcache import ModelRegistry
+    from modelcache.pool.pool import Worker
+    from modelcache.records import Output
+
+MODEL = zoo.model()
+LARGE = zoo.rows(LARGE_CELLS // zoo.N + 1000)
+FIRST = int(slicing._SHORT_SLICE_SECONDS / slicing._ROW_SECONDS_GUESSED)
+"""Rows of each of the first slices: what a row takes is not known."""
+OUTPUTS: dict[Output, dict[str, Any]] = {"value": {}, "leaf": {"pred_leaf": True}, "contribs": {"pred_contribs": True}}
+
+
+async def copy(registry: ModelRegistry, name: str) -> None:
+    """Have a model in one more worker."""
+    registry._loader.copy(registry._state.ledger.table[name])
+    await asyncio.wait(registry._loader.tasks)
+
+
+def seats(registry: ModelRegistry, name: str) -> list[Worker]:
+    """Return the workers that hold a model, its home first."""
+    entry = registry._state.ledger.table[name]
+    return [seat.value.worker for seat in (entry, *entry.copies)]
+
+
+def answered(workers: list[Worker]) -> list[int]:
+    return [worker.latency.count for worker in workers]
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0)
+
+
+async def nothing_left_for(worker: Worker) -> None:
+    """Wait until the worker has answered, and is sent nothing more."""
+    while worker.requests.pending:
+        await until(lambda: not worker.requests.pending)
+        await settle()
+
+
+@pytest.fixture
+async def registry(make_registry: MakeRegistry) -> ModelRegistry:
+    registry = await make_registry(MemoryStore({"m.ubj": MODEL.ubj}), workers=2)
+    await registry.load("m")
+    await copy(registry, "m")
+    return registry
+
+
+async def test_all_who_hold_the_model_take_part(registry: ModelRegistry, subtests: pytest.Subtests) -> None:
+    """The answer is that of one worker, bit for bit, whoever has predicted which rows."""
+    for output, options in OUTPUTS.items():
+        with subtests.test(output=output):
+            before = answered(seats(registry, "m"))
+            rows = LARGE if output == "value" else LARGE[:8000]
+            assert np.array_equal(await registry.predict("m", rows, output=output), MODEL.expected(rows, **options))
+            assert all(map(int.__gt__, answered(seats(registry, "m")), before))
+
+
+async def test_a_lease_is_answered_by_all(registry: ModelRegistry) -> None:
+    """As is a call that names its model."""
+    async with registry.acquire("m") as lease:
+        assert np.array_equal(await lease.predict(LARGE), MODEL.expected(LARGE))
+    assert all(answered(seats(registry, "m")))
+
+
+async def test_a_short_call_is_for_one(registry: ModelRegistry) -> None:
+    """What one worker has done before another could be asked is not shared."""
+    await registry.predict("m", zoo.rows(100))
+    assert answered(seats(registry, "m")) == [1, 0]
+
+
+async def test_many_at_once(registry: ModelRegistry) -> None:
+    """Callers with large batches share both workers, and each has the answer to his own rows."""
+    every = [zoo.rows(30_000, seed=seed) for seed in range(8)]
+    answers = await asyncio.gather(*(registry.predict("m", rows) for rows in every))
+    for rows, answer in zip(every, answers, strict=True):
+        assert np.array_equal(answer, MODEL.expected(rows))
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["home", "helper"])
+async def test_a_worker_is_killed(registry: ModelRegistry, which: int) -> None:
+    """Rule P1: the whole call is made again, by those that are left."""
+    worker = seats(registry, "m")[which]
+    call = asyncio.create_task(registry.predict("m", LARGE))
+    await until(lambda: len(worker.requests.slots.free) < SLOTS)
+    os.kill(worker.pid, signal.SIGKILL)
+    assert np.array_equal(await call, MODEL.expected(LARGE))
+    assert worker not in seats(registry, "m")
+
+
+async def test_a_cancelled_call_leaves_nothing_anywhere(registry: ModelRegistry) -> None:
+    """Its slices are withdrawn from all workers; the slots come back, as is checked after each test."""
+    both = seats(registry, "m")
+    call = asyncio.create_task(registry.predict("m", LARGE))
+    await until(lambda: all(worker.requests.pending for worker in both))
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert not any(worker.requests.pending for worker in both)
+    assert registry._state.ledger.leases == 0
+
+
+async def test_what_slices_take_is_noted(registry: ModelRegistry) -> None:
+    """Who looks for models to be copied is told which of them keep a worker busy with long calls, and since when."""
+    worker, number = seats(registry, "m")[0], registry._state.ledger.table["m"].value.number
+    assert registry._pool._checking is not None
+    registry._pool._checking.cancel()  # who looks is the test
+    await registry.predict("m", zoo.rows(10))
+    assert worker.requests.slice_seconds == {}
+    await registry.predict("m", LARGE)
+    taken = worker.requests.slice_seconds[number]
+    assert 0 < taken <= worker.latency.sum
+    worker._look_back(worker._checked + 2 * taken)
+    assert worker.slices == {number: pytest.approx(0.5)}
+    assert worker.requests.slice_seconds == {}
+
+
+# Workers that do as their rows say
+
+
+class Odd:
+    """A registry of two workers that hold "m"; "other" is at home in the second."""
+
+    def __init__(self, registry: ModelRegistry, gate: odd.Gate) -> None:
+        self.registry = registry
+        self.gate = gate
+        self.home, self.helper = seats(registry, "m")
+
+    def call(self, *orders: tuple[int, int], timeout: float | None = None) -> asyncio.Task[Any]:
+        """Ask with many rows, some of which are (number, order)."""
+        rows = np.full((LARGE_CELLS, 2), odd.PREDICT, np.float32)
+        rows[:, 1] = np.arange(LARGE_CELLS)
+        for number, order in orders:
+            rows[number, 0] = order
+        return asyncio.create_task(self.registry.predict("m", rows, timeout=timeout))
+
+    async def other(self) -> asyncio.Task[Any]:
+        """Return a call for another model, which keeps the helper at the gate."""
+        call = asyncio.create_task(self.registry.predict("other", [[odd.WAIT, 1.0]]))
+        await until(self.gate.reached)
+        return call
+
+
+@pytest.fixture
+async def workers(make_registry: MakeRegistry, tmp_path: Path) -> Odd:
+    gate = odd.Gate(tmp_path / "gate")
+    store = MemoryStore({f"{name}.json": odd.artifact(gate=gate.path) for name in ("m", "other")})
+    registry = await make_registry(store, workers=2, predictor=odd.ODD)
+    await registry.preload(["m", "other"])
+    await copy(registry, "m")
+    found = Odd(registry, gate)
+    assert seats(registry, "other") == [found.helper]
+    return found
+
+
+IN_HOME, IN_HELPER = 0, 2 * FIRST
+"""The first two slices are for the home, the next two for the helper."""
+
+
+def all_doubled(answer: Any) -> bool:
+    return np.array_equal(answer, 2 * np.arange(LARGE_CELLS, dtype=np.float32))
+
+
+async def test_a_worker_that_a_call_waits_for_is_left_alone(workers: Odd) -> None:
+    """Calls for other models do not come to wait for slices there; the home does all of them."""
+    other = await workers.other()
+    assert all_doubled(await workers.call())
+    assert answered([workers.helper]) == [0]
+    workers.gate.open()
+    assert (await other).tolist() == [2.0]
+
+
+async def test_it_takes_part_as_soon_as_it_has_time(workers: Odd) -> None:
+    """A call that has begun in one worker goes on in both when the other has nothing else to do."""
+    other = await workers.other()
+    call = workers.call()
+    await until(lambda: answered([workers.home])[0] > 1)
+    halt(workers.home.pid)
+    workers.gate.open()
+    await other
+    go_on(workers.home.pid)
+    assert all_doubled(await call)
+    assert answered([workers.helper])[0] > 1
+
+
+async def test_the_slow_one_does_less(workers: Odd) -> None:
+    """Who is given the next slice is decided by who has done one: nobody waits for a worker that stands still."""
+    call = workers.call((IN_HELPER, odd.WAIT))
+    await until(workers.gate.reached)
+    await nothing_left_for(workers.home)
+    assert not call.done()
+    assert answered([workers.helper]) == [0]
+    workers.gate.open()
+    assert all_doubled(await call)
+    assert answered([workers.helper]) == [2]
+
+
+async def test_calls_of_others_come_between_its_slices(workers: Odd) -> None:
+    """Rule P4: what a helper does for a call that waits elsewhere is no call, and takes nobody's place in the queue."""
+    call = workers.call((IN_HELPER, odd.WAIT))
+    await until(workers.gate.reached)
+    assert workers.helper.requests.waiting == 0
+    other = asyncio.create_task(workers.registry.predict("other", [[odd.PREDICT, 4.0]]))
+    await until(lambda: workers.helper.requests.waiting == 1)
+    workers.gate.open()
+    assert (await other).tolist() == [8.0]
+    assert all_doubled(await call)
+
+
+async def test_rows_that_a_helper_refuses(workers: Odd) -> None:
+    """The call fails as it would with one worker, and nothing of it is left in either."""
+    with pytest.raises(InvalidInputError, match="does not like this row") as failed:
+        await workers.call((IN_HELPER, odd.REFUSE))
+    assert failed.value.model == "m"
+    assert not workers.home.requests.pending
+    assert not workers.helper.requests.pending
+
+
+async def test_a_helper_that_breaks_its_word(workers: Odd) -> None:
+    """It has answered for fewer rows than it was given."""
+    with pytest.raises(ModelCacheError, match="no predictions"):
+        await workers.call((IN_HELPER, odd.MISCOUNT))
+
+
+@pytest.mark.parametrize("place", [IN_HOME, IN_HELPER], ids=["home", "helper"])
+async def test_a_call_that_kills_workers(workers: Odd, place: int) -> None:
+    """Rule P1: it is tried twice, whoever it was that it killed."""
+    with pytest.raises(WorkerCrashedError, match="Two workers ended while m was predicting"):
+        await workers.call((place, odd.KILL))
+    await until(lambda: workers.registry._pool.restarts == 2)
+
+
+async def test_a_deadline_is_that_of_all_slices(workers: Odd) -> None:
+    """Rule P3: what waits in a helper ends the call in time, and slots are the helper's until it reports them."""
+    call = workers.call((IN_HELPER, odd.WAIT), timeout=0.3)
+    await until(workers.gate.reached)
+    with pytest.raises(PredictTimeoutError):
+        await call
+    assert len(workers.helper.requests.slots.free) == SLOTS - 2
+    workers.gate.open()
+    await until(lambda: len(workers.helper.requests.slots.free) == SLOTS)
+
+
+async def test_a_helper_is_held_while_it_helps(workers: Odd) -> None:
+    """Rule L4: its copy is leased, and not shed before the call has ended."""
+    registry = workers.registry
+    call = workers.call((IN_HELPER, odd.WAIT))
+    await until(workers.gate.reached)
+    registry.resize(1)
+    assert seats(registry, "m") == [workers.home, workers.helper]
+    workers.gate.open()
+    assert all_doubled(await call)
+    assert registry.stats().copies == 0
+    registry.resize("64 MiB")
