@@ -9,7 +9,7 @@ from modelcache.admission import admit
 from modelcache.errors import ModelCacheError
 from modelcache.inputs import column_order
 from modelcache.overdue import expire, writable
-from modelcache.slicing import FEW_ROWS, ask_in_slices, note_row_seconds, takes_long
+from modelcache.slicing import ask_in_slices, pace_of, takes_long
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from modelcache.resident import Resident
 
     Matrix = NDArray[np.float32]
+
+
+_MANY_ROWS = 64
+"""From which on it is worth the time to learn what a call took."""
 
 
 async def ask(entry: Entry[Resident], call: Call, helpers: Sequence[Entry[Resident]] = ()) -> Matrix:
@@ -54,8 +58,8 @@ async def ask(entry: Entry[Resident], call: Call, helpers: Sequence[Entry[Reside
     finally:
         if call.deadline:
             requests.deadlines.forget(number)
-    if rows >= FEW_ROWS:
-        note_row_seconds(place, call, seconds / rows)
+    if rows >= _MANY_ROWS:
+        pace_of(place, call).note(rows, seconds)
     return values
 
 

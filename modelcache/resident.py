@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from modelcache.pacing import Pace
     from modelcache.pool.artifacts import ModelFacts
     from modelcache.pool.pool import Worker
     from modelcache.records import Engine, Tier
@@ -67,9 +68,8 @@ class Rare:
     ``place.rare = replace(place.rare, ...)`` changes it.
     """
 
-    row_seconds: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
-    """Seconds a row takes in a large call, as last measured, by what was asked for: contributions cost a thousand
-    times what values do."""
+    paces: Mapping[int, Pace] = field(default_factory=lambda: MappingProxyType({}))
+    """How long calls of many rows take, by what was asked for: contributions cost a thousand times what values do."""
     replaced: str | None = None
     """The version it took the place of, without a moment in which there was neither."""
     doubt: str | None = None

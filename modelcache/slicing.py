@@ -20,6 +20,7 @@ import numpy as np
 from modelcache.errors import ModelCacheError
 from modelcache.inputs import write_rows
 from modelcache.overdue import expire, writable
+from modelcache.pacing import Pace
 from modelcache.pool.requests import Sliced
 from modelcache.pool.shared import SLOT_BYTES
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from modelcache.cache.entry import Entry
     from modelcache.calls import Answer, Call
+    from modelcache.pool.requests import RequestChannel
     from modelcache.resident import Resident
 
     Matrix = NDArray[np.float32]
@@ -40,27 +42,28 @@ _SHORT_SLICE_SECONDS = 0.0004
 """The same while there are others: a slice costs 0.05 to 0.1 ms beside its rows."""
 _ALONE_AFTER = 20
 """Slices in a row after which there are no others: who waits for an answer to ask the next is there again sooner."""
-FEW_ROWS = 64
-"""XGBoost predicts in blocks of this many: fewer tell little about the cost of a row."""
-_ROW_SECONDS_GUESSED = _SLICE_SECONDS / FEW_ROWS
-"""What a row is taken to cost before it is measured: predictions take a microsecond, contributions up to many
-milliseconds."""
 _SLICES_IN_FLIGHT = 2
 """To each worker: one that runs, and one that waits so that the worker need not."""
+
+_UNKNOWN = Pace()
 
 
 def takes_long(place: Resident, call: Call) -> bool:
     """Say whether ``call`` is to be sent in slices."""
-    return call.shape[0] > 1 and (call.large or call.shape[0] * _row_seconds(place, call) > 2 * _SLICE_SECONDS)
+    rows = call.shape[0]
+    if rows == 1 or call.large:
+        return rows > 1
+    pace = place.rare.paces.get(call.output, _UNKNOWN)
+    return pace.seconds_for(rows) > 2 * _SLICE_SECONDS and pace.is_divisible(rows)
 
 
-def note_row_seconds(place: Resident, call: Call, seconds: float) -> None:
-    """Take note of what a row of such a call takes."""
-    place.rare = replace(place.rare, row_seconds={**place.rare.row_seconds, call.output: seconds})
-
-
-def _row_seconds(place: Resident, call: Call) -> float:
-    return place.rare.row_seconds.get(call.output, _ROW_SECONDS_GUESSED)
+def pace_of(place: Resident, call: Call) -> Pace:
+    """Return what is to be learnt of how long such calls take; most models are never asked for so many rows."""
+    pace = place.rare.paces.get(call.output)
+    if pace is None:
+        pace = Pace()
+        place.rare = replace(place.rare, paces={**place.rare.paces, call.output: pace})
+    return pace
 
 
 class _Seat:
@@ -107,6 +110,7 @@ class _SlicedCall:
         self._call = call
         self._order = order
         """Of the columns; None if they are in the model's own."""
+        self._pace = pace_of(home.entry.value, call)
         self._home = home
         self._others = others
         self._sent = 0
@@ -145,7 +149,8 @@ class _SlicedCall:
 
     def _send_slice(self, seat: _Seat) -> None:
         call, place, start = self._call, seat.entry.value, self._sent
-        part, requests = call.matrix[start : start + _slice_rows(place, call)], place.worker.requests
+        requests = place.worker.requests
+        part = call.matrix[start : start + self._slice_rows(requests)]
         number, answer = requests.predict_written(
             place, part.shape, partial(write_rows, part, self._order), call.output, call.deadline, sliced=seat.sliced
         )
@@ -155,13 +160,18 @@ class _SlicedCall:
         self._waiting.append(_Slice(start, self._sent, seat, number, answer))
         seat.in_flight += 1
 
+    def _slice_rows(self, requests: RequestChannel) -> int:
+        most: int = SLOT_BYTES // (4 * self._call.shape[1])
+        alone = requests.slices_in_a_row >= _ALONE_AFTER
+        return self._pace.rows_within(_SLICE_SECONDS if alone else _SHORT_SLICE_SECONDS, most)
+
     def _take(self, answered: _Slice, values: Matrix, seconds: float) -> None:
         self._waiting.remove(answered)
         _end(answered)
         seat, place = answered.seat, answered.seat.entry.value
         seat.in_flight -= 1
         place.worker.requests.slice_seconds[place.number] += seconds
-        note_row_seconds(place, self._call, seconds / len(values))
+        self._pace.note(len(values), seconds)
         if self._answers is None:
             self._home.sliced.begun = True
             self._answers = np.empty((self._call.shape[0], *values.shape[1:]), np.float32)
@@ -175,10 +185,3 @@ def _end(slice_: _Slice) -> None:
     requests.cancel(slice_.number)
     if not slice_.answer.cancel() and not slice_.answer.cancelled():
         slice_.answer.exception()  # it may have failed unseen, beside the slice that failed the call
-
-
-def _slice_rows(place: Resident, call: Call) -> int:
-    most: int = SLOT_BYTES // (4 * call.shape[1])
-    alone = place.worker.requests.slices_in_a_row >= _ALONE_AFTER
-    seconds = _SLICE_SECONDS if alone else _SHORT_SLICE_SECONDS
-    return max(1, min(most, int(seconds / _row_seconds(place, call))))

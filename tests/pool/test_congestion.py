@@ -13,6 +13,7 @@ import zoo
 from conftest import settle
 from halting import go_on, halt
 from modelcache import Artifact, MemoryStore, NotModified, OverloadedError, PredictTimeoutError
+from modelcache.pacing import Pace
 from modelcache.resident import Rare
 
 if TYPE_CHECKING:
@@ -28,7 +29,9 @@ LARGE = np.zeros((5_000, zoo.N), np.float32)
 async def send_whole(registry: ModelRegistry, name: str) -> None:
     """Let all rows for ``name`` travel in one piece, however slow this machine was when they were timed."""
     async with registry.acquire(name) as lease:
-        lease.entry.value.rare = Rare(row_seconds={0: 1e-9})
+        pace = Pace()
+        pace.note(1_000_000, 1e-3)
+        lease.entry.value.rare = Rare(paces={0: pace})
 
 
 async def test_a_congested_lane_keeps_to_the_deadline(make_registry: MakeRegistry) -> None:

@@ -16,6 +16,7 @@ from conftest import settle
 from halting import go_on, halt
 from modelcache import InvalidInputError, MemoryStore, ModelCacheError, PredictTimeoutError, WorkerCrashedError, slicing
 from modelcache.inputs import LARGE_CELLS
+from modelcache.pacing import Pace
 from modelcache.pool.shared import SLOTS
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 MODEL = zoo.model()
 LARGE = zoo.rows(LARGE_CELLS // zoo.N + 1000)
-FIRST = int(slicing._SHORT_SLICE_SECONDS / slicing._ROW_SECONDS_GUESSED)
+FIRST = Pace().rows_within(slicing._SHORT_SLICE_SECONDS, LARGE_CELLS)
 """Rows of each of the first slices: what a row takes is not known."""
 OUTPUTS: dict[Output, dict[str, Any]] = {"value": {}, "leaf": {"pred_leaf": True}, "contribs": {"pred_contribs": True}}
 
