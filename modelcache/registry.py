@@ -31,10 +31,11 @@ from modelcache.loader import Loader
 from modelcache.names import check_name
 from modelcache.origin import Origin
 from modelcache.pool.pool import XGBOOST, Pool
+from modelcache.pool.process import Settings
 from modelcache.preloading import preload
 from modelcache.records import Invocation, RegistryStats, WorkerDied
 from modelcache.residency import Residency
-from modelcache.sizing import default_budget, parse_bytes, usable_cores
+from modelcache.sizing import default_budget, is_throttled, parse_bytes, usable_cores
 from modelcache.stores import ArtifactStore, DiskTier, open_store
 
 if TYPE_CHECKING:
@@ -120,11 +121,12 @@ class ModelRegistry:
             clock=clock,
         )
         cores = usable_cores()
+        size = workers or cores
+        awake = cores > 1 and not is_throttled(size + 1)
         self._pool = Pool(
-            workers or cores,
+            size,
             cores=cores,
-            threads=threads_per_worker,
-            predictor=predictor,
+            settings=Settings(threads_per_worker, predictor, stays_awake=awake),
             lost=self._worker_lost,
             unloaded=self._state.acknowledged,
             checked=self._workers_checked,

@@ -45,6 +45,14 @@ def usable_cores(root: Path = Path("/")) -> int:
     return max(1, min([cores, *map(ceil, _cgroup_quotas(root))]))
 
 
+def is_throttled(processes: int, root: Path = Path("/")) -> bool:
+    """Return whether a control group's quota is less than what so many processes use that never sleep.
+
+    Whoever has used up his quota stands still until the next period begins, which may take 0.1 s.
+    """
+    return any(quota < processes for quota in _cgroup_quotas(root))
+
+
 def _host_available(root: Path) -> int:
     text = _read(root / "proc/meminfo")
     found = re.search(r"^MemAvailable:\s+(\d+) kB$", text, re.MULTILINE)

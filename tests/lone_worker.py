@@ -51,7 +51,7 @@ class LoneWorker:
         descriptors = (theirs.fileno(), theirs_too.fileno(), shared)
         imports = map(os.path.abspath, sys.path)
         self.process = subprocess.Popen(
-            [sys.executable, "-P", *options, str(MAIN), *map(str, descriptors), "1", predictor, *imports],
+            [sys.executable, "-P", *options, str(MAIN), *map(str, descriptors), "1", "1", predictor, *imports],
             pass_fds=descriptors,
             env={"OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE,

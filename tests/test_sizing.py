@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelcache.sizing import default_budget, parse_bytes, show_bytes, usable_cores
+from modelcache.sizing import default_budget, is_throttled, parse_bytes, show_bytes, usable_cores
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -217,6 +217,12 @@ class TestCores:
         system.write("sys/fs/cgroup/cpu/app/cpu.cfs_quota_us", quota + "\n")
         system.write("sys/fs/cgroup/cpu/app/cpu.cfs_period_us", "100000\n")
         assert usable_cores(system.root) == cores
+
+    @pytest.mark.parametrize(("quota", "throttled"), [("max", False), ("300000", False), ("250000", True)])
+    def test_a_quota_may_be_used_up(self, system: System, quota: str, *, throttled: bool) -> None:
+        """Three processes that never sleep use three processors' time, whatever their number."""
+        system.group("0::/app").write("sys/fs/cgroup/app/cpu.max", f"{quota} 100000\n")
+        assert is_throttled(3, system.root) is throttled
 
     def test_the_memory_controllers_tree_says_nothing_of_cores(self, system: System) -> None:
         """Version 1 controllers do not mix."""

@@ -13,7 +13,7 @@ from weakref import WeakSet
 from modelcache.errors import MissingDependencyError, ModelCacheError, RegistryClosedError, WorkerCrashedError
 from modelcache.pool.artifacts import ArtifactChannel, Loading
 from modelcache.pool.lost import Epitaph, WorkerLostError
-from modelcache.pool.process import Lanes, Process, start_process
+from modelcache.pool.process import Lanes, Process, Settings, start_process
 from modelcache.pool.requests import RequestChannel
 from modelcache.pool.turns import Turns
 from modelcache.records import WorkerStats
@@ -74,7 +74,7 @@ class Worker:
         self.slices: dict[int, float] = {}
         """Share of the time between the last two checks for which slices of long calls kept it busy, by model."""
 
-    async def start(self, threads: int, predictor: str) -> None:
+    async def start(self, settings: Settings) -> None:
         """Start the process and wait until it is up; on an error nothing of it is left."""
         self.process = await start_process(
             self._lanes,
@@ -82,8 +82,7 @@ class Worker:
             lambda: ArtifactChannel(
                 self._lane_lost, self._lanes.box, hello=self.hello.set_result, unloaded=self._on_unloaded
             ),
-            threads=threads,
-            predictor=predictor,
+            settings,
         )
         self.requests = self.process.requests
         try:
@@ -246,8 +245,7 @@ class Pool:
         size: int,
         *,
         cores: int,
-        threads: int,
-        predictor: str,
+        settings: Settings,
         lost: Callable[[Worker, Epitaph], None],
         unloaded: Callable[[Worker, int], None],
         checked: Callable[[], None],
@@ -260,8 +258,7 @@ class Pool:
         """Those that are starting, too."""
         self.restarts = 0
         self.turns = Turns(max(1, cores - 1), self._is_asked)
-        self._threads = threads
-        self._predictor = predictor
+        self._settings = settings
         self._lost = lost
         self._unloaded = unloaded
         self._checked = checked
@@ -338,7 +335,7 @@ class Pool:
     async def _start_worker(self, index: int) -> Worker:
         worker = Worker(index, self._unloaded)
         self._every.add(worker)
-        await worker.start(self._threads, self._predictor)
+        await worker.start(self._settings)
         return worker
 
     def _employ_keeper(self, worker: Worker) -> asyncio.Task[None]:

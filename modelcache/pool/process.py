@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from anyio import to_thread
 
@@ -188,16 +188,25 @@ class Process:
         return True
 
 
+class Settings(NamedTuple):
+    """What a worker is told when it starts."""
+
+    threads: int
+    """For each prediction."""
+    predictor: str
+    """``package.module:Class``."""
+    stays_awake: bool
+    """Between the calls of a lone caller it may use its processor for a moment instead of sleeping."""
+
+
 async def start_process(
     lanes: Lanes,
     make_requests: Callable[[], RequestChannel],
     make_artifacts: Callable[[], ArtifactChannel],
-    *,
-    threads: int,
-    predictor: str,
+    settings: Settings,
 ) -> Process:
     """Start a worker and connect both ``lanes``."""
-    process = await _spawn(lanes, threads, predictor)
+    process = await _spawn(lanes, settings)
     requests, artifacts = lanes.ends
     try:
         process.requests = await _connect(requests, make_requests)
@@ -210,7 +219,7 @@ async def start_process(
     return process
 
 
-async def _spawn(lanes: Lanes, threads: int, predictor: str) -> Process:
+async def _spawn(lanes: Lanes, settings: Settings) -> Process:
     """Start the process, with a pipe of our own: a start that is cancelled hangs in CPython 3.11 with asyncio's."""
     if not sys.executable:
         raise ModelCacheError("sys.executable is empty: set it to a Python interpreter that workers can run in.")
@@ -223,8 +232,8 @@ async def _spawn(lanes: Lanes, threads: int, predictor: str) -> Process:
             transport = await _execute(
                 lanes,
                 lambda: listener,
-                lambda descriptors: _command(descriptors, threads, predictor, imports),
-                env=_environment(threads),
+                lambda descriptors: _command(descriptors, settings, imports),
+                env=_environment(settings.threads),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=writing,
@@ -282,9 +291,10 @@ def _end_process(started: asyncio.Task[tuple[asyncio.SubprocessTransport, _Liste
         started.result()[0].close()  # it came up in the tick of the cancellation
 
 
-def _command(descriptors: list[int], threads: int, predictor: str, imports: list[str]) -> list[str]:
+def _command(descriptors: list[int], settings: Settings, imports: list[str]) -> list[str]:
     # -P: the worker's own folder must not shadow other modules.
-    return [sys.executable, "-P", str(_WORKER), *map(str, descriptors), str(threads), predictor, *imports]
+    numbers = (*descriptors, settings.threads, int(settings.stays_awake))
+    return [sys.executable, "-P", str(_WORKER), *map(str, numbers), settings.predictor, *imports]
 
 
 def _imports() -> list[str]:

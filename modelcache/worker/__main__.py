@@ -1,9 +1,9 @@
 """A worker process: two threads, two lanes, no event loop.
 
-Started by its path, ``python .../modelcache/worker/__main__.py REQUESTS ARTIFACTS MEMORY THREADS PREDICTOR
-IMPORTS...``, with the descriptors of two sockets and of the memory that it shares with the parent, and the folders that
-the parent imports from. Ends when the parent closes the request lane or dies; ignores Ctrl-C, which is the parent's to
-decide about.
+Started by its path, ``python .../modelcache/worker/__main__.py REQUESTS ARTIFACTS MEMORY THREADS AWAKE PREDICTOR
+IMPORTS...``, with the descriptors of two sockets and of the memory that it shares with the parent, whether it may stay
+awake between calls (1 or 0), and the folders that the parent imports from. Ends when the parent closes the request lane
+or dies; ignores Ctrl-C, which is the parent's to decide about.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 
 if __name__ == "__main__":
-    sys.path[:0] = sys.argv[6:]  # as PYTHONPATH would, but that is split at each ':'
+    sys.path[:0] = sys.argv[7:]  # as PYTHONPATH would, but that is split at each ':'
 
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -65,8 +65,9 @@ _BROKEN = 70
 """Exit code of a worker that met a fault of its own (EX_SOFTWARE)."""
 
 
-def main(requests: int, artifacts: int, shared: int, threads: int, predictor: str) -> None:
+def main(descriptors: list[int], threads: int, predictor: str, *, stays_awake: bool) -> None:
     """Serve both lanes until the parent goes away."""
+    requests, artifacts, shared = descriptors
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Not of all threads: one that runs meanwhile is read while it changes, and what that crashes is the report.
     faulthandler.enable(all_threads=False)
@@ -78,7 +79,8 @@ def main(requests: int, artifacts: int, shared: int, threads: int, predictor: st
     lane = ArtifactLane(socket.socket(fileno=artifacts), models, heap=Heap(), box=box, threads=threads)
     load_forever = partial(lane.run, lambda: resolve(predictor))
     threading.Thread(target=_until_parent_leaves, args=(load_forever,), daemon=True).start()
-    _until_parent_leaves(RequestLane(socket.socket(fileno=requests), models, Arena(memory), box).run)
+    calls = socket.socket(fileno=requests)
+    _until_parent_leaves(RequestLane(calls, models, Arena(memory), box, stays_awake=stays_awake).run)
 
 
 def _until_parent_leaves(serve: Callable[[], None]) -> NoReturn:
@@ -96,5 +98,5 @@ def _until_parent_leaves(serve: Callable[[], None]) -> NoReturn:
 
 
 if __name__ == "__main__":
-    _requests, _artifacts, _shared, _threads = map(int, sys.argv[1:5])
-    main(_requests, _artifacts, _shared, _threads, sys.argv[5])
+    *_descriptors, _threads, _stays_awake = map(int, sys.argv[1:6])
+    main(_descriptors, _threads, sys.argv[6], stays_awake=bool(_stays_awake))

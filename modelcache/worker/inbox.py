@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import select
 import socket
 from typing import TYPE_CHECKING
 
 from modelcache.pool import wire
+from modelcache.worker.waiting import Arrival
 
 if TYPE_CHECKING:
     from struct import Struct
@@ -21,15 +21,13 @@ class Inbox:
         self._start = self._end = 0
         self._view = memoryview(bytearray(wire.PAYLOAD_LIMIT + (256 << 10)))
         self._wanted = header.size
-        self._arrival = select.poll()
-        self._arrival.register(sock, select.POLLIN)
+        self._arrival = Arrival(sock)
 
-    def fill(self, *, wait: bool) -> bool:
-        """Receive what is there, waiting for the first byte if asked to; False at end of file."""
+    def fill(self, *, wait: bool, awake: bool = False) -> bool:
+        """Receive what is there, waiting for the first byte if asked to, ``awake`` or not; False at end of file."""
         self._make_room()
         if wait:
-            # Not in recv(): on Linux, who waits there is woken up as well when the other side has read what was sent.
-            self._arrival.poll()
+            self._arrival.wait(awake=awake)
         try:
             received = self._sock.recv_into(self._view[self._end :], 0, socket.MSG_DONTWAIT)
         except BlockingIOError:

@@ -68,9 +68,12 @@ class RequestLane:
     """Serve predictions from ``sock`` with ``models`` until the parent closes the other end.
 
     Rows that did not come with their frame are in ``arena``; ``box`` tells the parent when there is nothing to do.
+    Between the calls of a lone caller it ``stays_awake`` for a moment.
     """
 
-    def __init__(self, sock: socket.socket, models: Models, arena: Arena, box: BlackBox) -> None:
+    def __init__(
+        self, sock: socket.socket, models: Models, arena: Arena, box: BlackBox, *, stays_awake: bool = False
+    ) -> None:
         self._inbox = Inbox(sock, wire.REQUEST)
         self._sock = sock
         self._models = models
@@ -82,12 +85,16 @@ class RequestLane:
         self._answers: list[bytes] = []
         self._flushed = monotonic()
         self._was_slice = False
+        self._stays_awake = stays_awake
+        self._was_alone = False
+        """The last request that came was the only one."""
 
     def run(self) -> None:
         """Serve until end of file."""
         while self._receive():
             frames = self._inbox.frames()
-            if len(frames) == 1 and not self._groups and self._is_simple(frames[0][0]):
+            self._was_alone = len(frames) == 1
+            if self._was_alone and not self._groups and self._is_simple(frames[0][0]):
                 self._predict_alone(*frames[0])
                 continue
             for header, payload in frames:
@@ -116,7 +123,7 @@ class RequestLane:
         if self._groups:
             return self._inbox.fill(wait=False)
         self._box.rest()
-        received = self._inbox.fill(wait=True)
+        received = self._inbox.fill(wait=True, awake=self._stays_awake and self._was_alone)
         self._box.wake()
         return received
 

@@ -203,7 +203,8 @@ async def test_a_start_cancelled_between_process_and_lanes_ends_the_process(
 
     descriptors = oracle.open_descriptors()
     monkeypatch.setattr(process, "_connect", cancelled)
+    settings = process.Settings(1, odd.ODD, stays_awake=False)
     with pytest.raises(asyncio.CancelledError):
-        await process.start_process(process.Lanes(), mock.Mock(), mock.Mock(), threads=1, predictor=odd.ODD)
+        await process.start_process(process.Lanes(), mock.Mock(), mock.Mock(), settings)
     await asyncio.sleep(0)
     assert oracle.open_descriptors() <= descriptors
