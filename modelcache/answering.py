@@ -14,7 +14,6 @@ from modelcache.errors import LoadTimeoutError, OverloadedError, WorkerCrashedEr
 from modelcache.names import check_name
 from modelcache.pool.lost import WorkerLostError
 from modelcache.records import Invocation
-from modelcache.slicing import takes_long
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -142,12 +141,10 @@ class Answering:
     async def _ask_one_of(self, entry: Entry[Resident], call: Call) -> Matrix:
         """Ask a model that is in several workers: one of them, or if that would take long, all that have time."""
         seat = self._leasing.seat(entry, self._queue_limit)
-        helpers = self._leasing.other_seats(entry, seat) if takes_long(seat.value, call) else ()
         try:
-            answer = await ask(seat, call, helpers)
+            answer = await ask(seat, call, self._leasing.helpers(seat))
         finally:
-            for held in (seat, *helpers):
-                self._leasing.release(held)
+            self._leasing.release(seat)
         if self._engines is not None:
             self._engines.saw(seat, call)
         return answer

@@ -12,14 +12,13 @@ from modelcache.overdue import expire, writable
 from modelcache.slicing import ask_in_slices, pace_of, takes_long
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import numpy as np
     from numpy.typing import NDArray
 
     from modelcache.cache.entry import Entry
     from modelcache.calls import Answer, Call
     from modelcache.resident import Resident
+    from modelcache.slicing import Helpers
 
     Matrix = NDArray[np.float32]
 
@@ -28,8 +27,8 @@ _MANY_ROWS = 64
 """From which on it is worth the time to learn what a call took."""
 
 
-async def ask(entry: Entry[Resident], call: Call, helpers: Sequence[Entry[Resident]] = ()) -> Matrix:
-    """Return the predictions of a leased ``entry``; ``helpers`` are in other workers, for a call that takes long."""
+async def ask(entry: Entry[Resident], call: Call, helpers: Helpers | None = None) -> Matrix:
+    """Return the predictions of a leased ``entry``; ``helpers`` are for a call that takes long."""
     place, (rows, width) = entry.value, call.shape
     facts, requests = place.facts, place.worker.requests
     order: list[int] | None = None

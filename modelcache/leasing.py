@@ -15,6 +15,8 @@ from modelcache.errors import LoadTimeoutError, ModelCacheError
 from modelcache.names import SUFFIXES, check_name, spellings, split_suffix
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from modelcache.cache.claims import Claim
     from modelcache.cache.sizes import Bounds
     from modelcache.calls import Call
@@ -96,12 +98,9 @@ class Leasing:
         self._state.ledger.lease(seat)
         return seat
 
-    def other_seats(self, entry: Entry[Resident], seat: Entry[Resident]) -> list[Entry[Resident]]:
-        """Lease ``entry`` and its copies, all but the ``seat`` that has been leased."""
-        others = [other for other in (entry, *entry.copies) if other is not seat]
-        for other in others:
-            self._state.ledger.lease(other)
-        return others
+    def helpers(self, seat: Entry[Resident]) -> Helpers:
+        """Return the workers that hold what ``seat`` does, for a call that is asked there and takes long."""
+        return Helpers(self._state, seat, self.release)
 
     def find(self, name: str) -> Entry[Resident] | None:
         """Return the resident model that ``name`` means, also when it is listed with, or without, its suffix."""
@@ -277,3 +276,24 @@ class Leasing:
                 retry_after=past.load_seconds if past else None,
             )
         )
+
+
+class Helpers:
+    """The other workers that hold the model of a ``seat``, which come and go; see slicing.py."""
+
+    def __init__(self, state: Residency, seat: Entry[Resident], release: Callable[[Entry[Resident]], None]) -> None:
+        self._ledger = state.ledger
+        self._seat = seat
+        self.release = release
+
+    def free(self) -> list[Entry[Resident]]:
+        """Return what is in them, nothing where bytes are waited for: copies are the first to give way."""
+        if self._ledger.queue or self._ledger.free < 0:
+            return []
+        original = self._seat.original or self._seat
+        seats = (original, *original.copies)
+        return [other for other in seats if other is not self._seat and other.state is State.READY]
+
+    def lease(self, entry: Entry[Resident]) -> None:
+        """Keep it where it is."""
+        self._ledger.lease(entry)

@@ -14,6 +14,8 @@ from itertools import pairwise
 _ROW_SECONDS_GUESSED = 0.001 / 64
 """What a row is taken to cost before anything is measured: predictions take a microsecond, contributions up to many
 milliseconds."""
+_FEW_ROWS = 64
+"""XGBoost predicts in blocks of this many: fewer tell little about the price of a row."""
 _PAYS = 0.7
 """Share of a slice's time that half of its rows may take, if shorter ones are to be sent."""
 _PAYS_WELL = 0.6
@@ -22,12 +24,16 @@ _GROWS = 1 / 3
 """What a row that was not measured costs at least, of the average of those that were: noise may say nothing."""
 _SLOWER_AT_ONCE = 1.25
 """How much longer than expected a slice is believed to take: most that take longer were interrupted."""
-_REMEMBERED = 64
-"""Measurements after which all but the last are forgotten: what does not come up again may have changed."""
+_REMEMBERED = 16
+"""Measurements after which all but the last are forgotten: what does not come up again may have changed, or was the
+time of somebody else, too."""
 
 
 class Pace:
-    """The seconds that predictions of one kind by one model take, by their rows."""
+    """The seconds that predictions of one kind by one model take, by their rows.
+
+    Of one that was made together with others it is the share of its rows: such calls need not be cut.
+    """
 
     __slots__ = ("_measured", "_points")
 
@@ -38,8 +44,9 @@ class Pace:
 
     def note(self, rows: int, seconds: float) -> None:
         """Take note of a prediction."""
-        if self._points and rows <= self._points[-1][0]:
-            seconds = min(seconds, _SLOWER_AT_ONCE * self.seconds_for(rows))
+        longer = next((most for more, most in self._points if more >= rows), None)
+        if longer is not None:  # or there is nothing to compare it with
+            seconds = min(seconds, max(_SLOWER_AT_ONCE * self.seconds_for(rows), longer))
         if self._measured % _REMEMBERED == 0:
             self._points = []
         self._measured += 1
@@ -49,8 +56,7 @@ class Pace:
     def seconds_for(self, rows: int) -> float:
         """Return how long a prediction for ``rows`` is expected to take.
 
-        Below what has been measured time is taken to shrink with the rows, and above to grow as it last did: neither
-        is known, and both are tried.
+        Below what has been measured time is taken to shrink with the rows, and above to grow as it last did.
         """
         if not self._points:
             return rows * _ROW_SECONDS_GUESSED
@@ -71,6 +77,8 @@ class Pace:
         """Return how many rows, up to ``most``, take about ``seconds``: or more, where fewer would save little."""
         known = self._points[-1][0] if self._points else int(seconds / _ROW_SECONDS_GUESSED)
         rows = most = max(1, min(most, 2 * known))
+        if self._tries_more(seconds):
+            return rows
         expected = self.seconds_for(rows)
         while rows > 1 and expected > seconds:
             half = self.seconds_for(rows // 2)
@@ -78,6 +86,10 @@ class Pace:
                 return rows
             rows, expected = rows // 2, half
         return self._fill(rows, expected, seconds, most)
+
+    def _tries_more(self, seconds: float) -> bool:
+        """Say whether only one size is known, of few rows, and took less than that: more may take no longer."""
+        return len(self._points) == 1 and self._points[0][0] <= _FEW_ROWS and self._points[0][1] <= seconds
 
     def _fill(self, rows: int, expected: float, seconds: float, most: int) -> int:
         """Return as many rows more than ``rows`` as fit into what is left of ``seconds``."""

@@ -6,6 +6,9 @@ the caller's array straight into memory shared with the worker.
 
 A model that is in several workers is asked in one of them, as for any call. The others take slices as long as no call
 waits for them: whoever has done one is given the next, so that the slower, or the one that is interrupted, does less.
+What a helper has not answered when all else is done is done again at home (backup tasks: Dean and Ghemawat, MapReduce,
+2004). Its copy is leased while it has a slice, and no longer: bytes that others wait for are not withheld from them by
+call after call.
 """
 
 from __future__ import annotations
@@ -13,7 +16,8 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from time import monotonic
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
@@ -25,7 +29,7 @@ from modelcache.pool.requests import Sliced
 from modelcache.pool.shared import SLOT_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable
 
     from numpy.typing import NDArray
 
@@ -44,6 +48,8 @@ _ALONE_AFTER = 20
 """Slices in a row after which there are no others: who waits for an answer to ask the next is there again sooner."""
 _SLICES_IN_FLIGHT = 2
 """To each worker: one that runs, and one that waits so that the worker need not."""
+_LATE = 0.05
+"""Seconds after which what a helper has been sent is given to another: it stands still, or does something long."""
 
 _UNKNOWN = Pace()
 
@@ -66,21 +72,45 @@ def pace_of(place: Resident, call: Call) -> Pace:
     return pace
 
 
+class Helpers(Protocol):
+    """The workers that could take part in a call: those that hold copies of its model."""
+
+    def free(self) -> Iterable[Entry[Resident]]:
+        """Return the copies in them, unless their bytes are waited for."""
+        ...
+
+    def lease(self, entry: Entry[Resident]) -> None:
+        """Keep a copy where it is."""
+        ...
+
+    def release(self, entry: Entry[Resident]) -> None:
+        """Let it go."""
+        ...
+
+
 class _Seat:
     """A worker that holds the model, and how many slices it has been sent and has not answered."""
 
-    __slots__ = ("entry", "in_flight", "sliced")
+    __slots__ = ("entry", "in_flight", "is_late", "sliced")
 
     def __init__(self, entry: Entry[Resident], sliced: Sliced) -> None:
         self.entry = entry
         self.sliced = sliced
         self.in_flight = 0
+        self.is_late = False
+        """It has been sent a slice that another has to do."""
+
+    @property
+    def requests(self) -> RequestChannel:
+        """The lane to it."""
+        return self.entry.value.worker.requests
 
     @property
     def has_time(self) -> bool:
         """True while nobody waits for the worker; slices that it does for calls which wait elsewhere are no calls."""
-        worker = self.entry.value.worker
-        return worker.alive and not worker.requests.waiting and not worker.requests.congested
+        worker, requests, oldest = self.entry.value.worker, self.requests, self.requests.oldest()
+        stuck = self.is_late or worker.suspected or (oldest is not None and monotonic() - oldest > _LATE)
+        return worker.alive and not stuck and not requests.waiting and not requests.congested
 
 
 class _Slice(NamedTuple):
@@ -93,71 +123,97 @@ class _Slice(NamedTuple):
     answer: Answer
 
 
-async def ask_in_slices(
-    entry: Entry[Resident], call: Call, order: list[int] | None, helpers: Sequence[Entry[Resident]]
-) -> Matrix:
+async def ask_in_slices(entry: Entry[Resident], call: Call, order: list[int] | None, helpers: Helpers | None) -> Matrix:
     """Return the predictions of a leased ``entry``, part of them by those of its ``helpers`` that have time."""
     place = entry.value
     with place.worker.requests.slices_of(place) as sliced:
-        others = [_Seat(helper, Sliced(helper.value, waits=False)) for helper in helpers]
-        return await _SlicedCall(call, order, _Seat(entry, sliced), others).answer()
+        return await _SlicedCall(call, order, _Seat(entry, sliced), helpers).answer()
 
 
 class _SlicedCall:
     """Gives out the rows of a call, and puts the predictions together."""
 
-    def __init__(self, call: Call, order: list[int] | None, home: _Seat, others: list[_Seat]) -> None:
+    def __init__(self, call: Call, order: list[int] | None, home: _Seat, helpers: Helpers | None) -> None:
         self._call = call
         self._order = order
         """Of the columns; None if they are in the model's own."""
         self._pace = pace_of(home.entry.value, call)
         self._home = home
-        self._others = others
-        self._sent = 0
-        """Rows that are on their way, or answered."""
+        self._helpers = helpers
+        self._seats: dict[Entry[Resident], _Seat] = {}
+        """Of those that have helped."""
+        self._unsent = [(0, call.shape[0])]
+        """Rows from and to; what is last is next."""
         self._waiting: list[_Slice] = []
         self._answers: Matrix | None = None
 
     async def answer(self) -> Matrix:
         """Return the predictions; whatever happens, nothing of the call is under way after that."""
         try:
-            while await self._send_more():
-                await asyncio.wait([slice_.answer for slice_ in self._waiting], return_when=asyncio.FIRST_COMPLETED)
+            while self._unsent or self._waiting:
+                self._send_to_all()
+                await self._wait()
                 for slice_ in [slice_ for slice_ in self._waiting if slice_.answer.done()]:
-                    self._take(slice_, *slice_.answer.result())
+                    self._take(slice_)
         except ModelCacheError as error:
             error.model = self._home.entry.key
             raise
         finally:
-            for slice_ in self._waiting:
-                _end(slice_)
+            for slice_ in tuple(self._waiting):
+                self._end(slice_)
         assert self._answers is not None
         return self._answers
 
-    async def _send_more(self) -> bool:
-        """Give everybody with time something to do; False if all is answered."""
-        while self._may_send_to(self._home):
-            await writable(self._home.entry, self._call.deadline, counted=False)
+    def _send_to_all(self) -> None:
+        """Give everybody with time something to do."""
+        while self._may_send_to(self._home) and not self._home.requests.congested:
             self._send_slice(self._home)
-        for seat in self._others:
-            while self._may_send_to(seat) and seat.has_time:
-                self._send_slice(seat)
-        return bool(self._waiting)
+        if self._helpers is not None and self._unsent:
+            for entry in self._helpers.free():
+                seat = self._seats.get(entry) or self._seats.setdefault(entry, _helper(entry))
+                while self._may_send_to(seat) and seat.has_time:
+                    self._send_slice(seat)
+        if not self._unsent and not self._home.in_flight:
+            self._home.requests.end_slices(self._home.sliced)  # it is not there any more that the call waits
+
+    async def _wait(self) -> None:
+        """Return when something is answered, or else is to be done."""
+        if not self._waiting:
+            await writable(self._home.entry, self._call.deadline, counted=False)
+            return
+        answers = [slice_.answer for slice_ in self._waiting]
+        others_finish = not self._unsent and not self._home.in_flight
+        timeout = _LATE if others_finish else None
+        done, _ = await asyncio.wait(answers, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            self._take_back()
+
+    def _take_back(self) -> None:
+        """Let others do what helpers were to do."""
+        for slice_ in tuple(self._waiting):
+            slice_.seat.is_late = True
+            slice_.seat.entry.value.worker.suspect()
+            self._end(slice_)
+            self._unsent.append((slice_.start, slice_.stop))
 
     def _may_send_to(self, seat: _Seat) -> bool:
-        return self._sent < self._call.shape[0] and seat.in_flight < _SLICES_IN_FLIGHT
+        return bool(self._unsent) and seat.in_flight < _SLICES_IN_FLIGHT
 
     def _send_slice(self, seat: _Seat) -> None:
-        call, place, start = self._call, seat.entry.value, self._sent
-        requests = place.worker.requests
-        part = call.matrix[start : start + self._slice_rows(requests)]
+        call, place, requests = self._call, seat.entry.value, seat.requests
+        start, end = self._unsent.pop()
+        stop = min(end, start + self._slice_rows(requests))
+        part = call.matrix[start:stop]
         number, answer = requests.predict_written(
             place, part.shape, partial(write_rows, part, self._order), call.output, call.deadline, sliced=seat.sliced
         )
+        if stop < end:
+            self._unsent.append((stop, end))
         if call.deadline:
             requests.deadlines.note(number, call.deadline, partial(expire, seat.entry, number, answer))
-        self._sent = start + len(part)
-        self._waiting.append(_Slice(start, self._sent, seat, number, answer))
+        if self._helpers is not None and seat is not self._home:
+            self._helpers.lease(seat.entry)
+        self._waiting.append(_Slice(start, stop, seat, number, answer))
         seat.in_flight += 1
 
     def _slice_rows(self, requests: RequestChannel) -> int:
@@ -165,23 +221,30 @@ class _SlicedCall:
         alone = requests.slices_in_a_row >= _ALONE_AFTER
         return self._pace.rows_within(_SLICE_SECONDS if alone else _SHORT_SLICE_SECONDS, most)
 
-    def _take(self, answered: _Slice, values: Matrix, seconds: float) -> None:
-        self._waiting.remove(answered)
-        _end(answered)
-        seat, place = answered.seat, answered.seat.entry.value
-        seat.in_flight -= 1
-        place.worker.requests.slice_seconds[place.number] += seconds
+    def _take(self, answered: _Slice) -> None:
+        values, seconds = answered.answer.result()
+        self._end(answered)
+        place = answered.seat.entry.value
+        answered.seat.requests.slice_seconds[place.number] += seconds
         self._pace.note(len(values), seconds)
         if self._answers is None:
             self._home.sliced.begun = True
             self._answers = np.empty((self._call.shape[0], *values.shape[1:]), np.float32)
         self._answers[answered.start : answered.stop] = values
 
+    def _end(self, slice_: _Slice) -> None:
+        """Let go of a slice, answered or not."""
+        self._waiting.remove(slice_)
+        seat, requests = slice_.seat, slice_.seat.requests
+        requests.deadlines.forget(slice_.number)
+        requests.cancel(slice_.number)
+        if not slice_.answer.cancel() and not slice_.answer.cancelled():
+            slice_.answer.exception()  # it may have failed unseen, beside the slice that failed the call
+        seat.in_flight -= 1
+        if self._helpers is not None and seat is not self._home:
+            self._helpers.release(seat.entry)
 
-def _end(slice_: _Slice) -> None:
-    """Let go of a slice, answered or not."""
-    requests = slice_.seat.entry.value.worker.requests
-    requests.deadlines.forget(slice_.number)
-    requests.cancel(slice_.number)
-    if not slice_.answer.cancel() and not slice_.answer.cancelled():
-        slice_.answer.exception()  # it may have failed unseen, beside the slice that failed the call
+
+def _helper(entry: Entry[Resident]) -> _Seat:
+    """Return where slices are done for a call that waits elsewhere: it takes no place in the queue there."""
+    return _Seat(entry, Sliced(entry.value, waits=False))

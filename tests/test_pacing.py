@@ -5,7 +5,7 @@ from __future__ import annotations
 from random import Random
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from modelcache.pacing import Pace
@@ -37,26 +37,33 @@ class Model:
         return taken
 
 
+@settings(deadline=None)
 @given(st.floats(0, 0.01), st.floats(1e-7, 0.01), st.integers(2, 3000))
 @example(fixed=1.1e-3, row=9e-6, rows=3000)  # ten models of 500 trees, each asked after the others
 @example(fixed=TARGET, row=1e-7, rows=3000)
+@example(fixed=7.36e-4, row=1.5e-7, rows=2619)
+@example(fixed=3.88e-4, row=3.2e-7, rows=1362)
+@example(fixed=3.53e-4, row=8.4e-6, rows=166)
+@example(fixed=9.84e-3, row=1.35e-7, rows=2900)
 @example(fixed=0.0, row=5e-3, rows=200)  # contributions
 def test_a_call_in_slices(fixed: float, row: float, rows: int) -> None:
     """Whatever a prediction costs beside its rows: it is paid no more often than the rows are worth."""
     model = Model(fixed, row)
     model.call(500)
     taken = model.call(rows)
-    assert sum(taken) <= 3 * model.seconds(rows) + 12 * TARGET
+    assert sum(taken) <= 5 * model.seconds(rows) + 12 * TARGET
     assert max(taken) <= 2 * TARGET + 8 * fixed + 2 * row
 
 
 @pytest.mark.parametrize(("fixed", "row"), [(0.0, 2e-7), (5e-5, 2e-7), (2e-5, 1e-5)])
 def test_slices_take_what_they_should(fixed: float, row: float) -> None:
-    """Where rows are what costs, their number follows from the time there is for them."""
+    """Where rows are what costs, their number follows from the time there is for them, but for one try in sixteen."""
     model = Model(fixed, row)
     model.call(100_000)
-    settled = model.call(100_000)[:-1]
-    assert settled == pytest.approx([TARGET] * len(settled), rel=0.05)
+    *settled, _ = model.call(100_000)
+    as_they_should = [seconds for seconds in settled if abs(seconds / TARGET - 1) < 0.05]
+    assert len(as_they_should) > 0.9 * len(settled)
+    assert max(settled) < 2 * TARGET
 
 
 def test_the_price_of_one_row_is_not_that_of_many() -> None:

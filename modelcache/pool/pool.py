@@ -151,6 +151,11 @@ class Worker:
         """Ask for the bytes in use on its heap."""
         return self.process.artifacts.measure()
 
+    @property
+    def suspected(self) -> bool:
+        """True while it is asked for a sign of life."""
+        return self._ping is not None and not self._ping.done()
+
     def suspect(self) -> None:
         """Ask for a sign of life: a deadline has been missed."""
         if self._ping is None and self.alive:

@@ -256,8 +256,12 @@ class RequestChannel(Channel):
         try:
             yield sliced
         finally:
-            self._answered += sliced.waits
-            self._note_end_of_slices(sliced)
+            self.end_slices(sliced)
+
+    def end_slices(self, sliced: Sliced) -> None:
+        """The call waits for this worker no more; harmless when done twice."""
+        self._answered += sliced.waits
+        self._note_end_of_slices(sliced)
 
     def _note_end_of_slices(self, sliced: Sliced) -> None:
         if sliced.waits:

@@ -21,8 +21,10 @@ from conftest import settle
 from halting import go_on, halt
 from modelcache import InvalidInputError, MemoryStore, PredictTimeoutError, slicing
 from modelcache.inputs import LARGE_CELLS, as_matrix
+from modelcache.pacing import Pace
 from modelcache.pool.requests import SHARED_FROM
 from modelcache.pool.shared import SLOT_BYTES, SLOTS
+from modelcache.resident import Rare
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -101,6 +103,31 @@ async def test_slices_of_any_size(registry: ModelRegistry, output: Output) -> No
     """Slices are cut by what a row takes, which differs from one to the next."""
     rows = LARGE if output == "value" else LARGE[:8000]
     assert np.array_equal(await registry.predict("m", rows, output=output), MODEL.expected(rows, **OUTPUTS[output]))
+
+
+async def test_what_calls_take_is_learnt(registry: ModelRegistry) -> None:
+    """From calls of many rows only: of models that are asked for few, nothing more is kept."""
+    place = registry._state.ledger.table["m"].value
+    for count in (1, 63):
+        await registry.predict("m", zoo.rows(count))
+    assert not place.rare.paces
+    await registry.predict("m", zoo.rows(64))
+    (pace,) = place.rare.paces.values()
+    assert pace._measured == 1
+    await registry.predict("m", LARGE)
+    assert pace._measured > 2
+
+
+@pytest.mark.parametrize(("half", "slices"), [(0.0029, False), (0.0015, True)])
+async def test_what_gains_nothing_is_not_cut(registry: ModelRegistry, half: float, *, slices: bool) -> None:
+    """A call whose rows cost little beside the prediction goes whole, and can be predicted together with others."""
+    place, pace = registry._state.ledger.table["m"].value, Pace()
+    pace.note(50, half)
+    pace.note(100, 0.003)
+    place.rare = Rare(paces={0: pace})
+    before = place.worker.latency.count
+    assert np.array_equal(await registry.predict("m", zoo.rows(100)), MODEL.expected(zoo.rows(100)))
+    assert (place.worker.latency.count - before > 1) is slices
 
 
 def _as_integers(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
