@@ -6,9 +6,9 @@ the caller's array straight into memory shared with the worker.
 
 A model that is in several workers is asked in one of them, as for any call. The others take slices as long as no call
 waits for them: whoever has done one is given the next, so that the slower, or the one that is interrupted, does less.
-What a helper has not answered when all else is done is done again at home (backup tasks: Dean and Ghemawat, MapReduce,
-2004). Its copy is leased while it has a slice, and no longer: bytes that others wait for are not withheld from them by
-call after call.
+What a helper has not answered in time while the home has nothing to do is done again there (backup tasks: Dean and
+Ghemawat, MapReduce, 2004). Its copy is leased while it has a slice, and no longer: bytes that others wait for are not
+withheld from them by call after call.
 """
 
 from __future__ import annotations
@@ -166,6 +166,8 @@ class _SlicedCall:
 
     def _send_to_all(self) -> None:
         """Give everybody with time something to do."""
+        if self._unsent:
+            self._home.entry.value.worker.check_not_gone()  # it had no part of this call to fail with it
         while self._may_send_to(self._home) and not self._home.requests.congested:
             self._send_slice(self._home)
         if self._helpers is not None and self._unsent:
@@ -182,8 +184,7 @@ class _SlicedCall:
             await writable(self._home.entry, self._call.deadline, counted=False)
             return
         answers = [slice_.answer for slice_ in self._waiting]
-        others_finish = not self._unsent and not self._home.in_flight
-        timeout = _LATE if others_finish else None
+        timeout = None if self._home.in_flight else _LATE  # only helpers have something to do
         done, _ = await asyncio.wait(answers, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if not done:
             self._take_back()
@@ -195,6 +196,7 @@ class _SlicedCall:
             slice_.seat.entry.value.worker.suspect()
             self._end(slice_)
             self._unsent.append((slice_.start, slice_.stop))
+        self._home.requests.begin_slices(self._home.sliced)
 
     def _may_send_to(self, seat: _Seat) -> bool:
         return bool(self._unsent) and seat.in_flight < _SLICES_IN_FLIGHT
@@ -247,4 +249,4 @@ class _SlicedCall:
 
 def _helper(entry: Entry[Resident]) -> _Seat:
     """Return where slices are done for a call that waits elsewhere: it takes no place in the queue there."""
-    return _Seat(entry, Sliced(entry.value, waits=False))
+    return _Seat(entry, Sliced(entry.value))

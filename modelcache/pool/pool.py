@@ -127,6 +127,11 @@ class Worker:
         if not self.alive:
             raise WorkerLostError(self._epitaph())
 
+    def check_not_gone(self) -> None:
+        """Raise WorkerLostError if nobody will be told any more that what he sends is lost."""
+        if self.gone:
+            raise WorkerLostError(self._epitaph())
+
     def begin_load(self, model: int, allowed: int, digest: str | None = None, save: str | None = None) -> Loading:
         """Announce an artifact; raises WorkerLostError if the worker has ended meanwhile."""
         self.check_alive()

@@ -88,10 +88,10 @@ class Sliced:
 
     __slots__ = ("begun", "queue", "waits")
 
-    def __init__(self, queue: Queue, *, waits: bool = True) -> None:
+    def __init__(self, queue: Queue) -> None:
         self.queue = queue
-        self.waits = waits
-        """True until it ends, or makes way for another."""
+        self.waits = False
+        """True while it is counted among those that wait for the worker."""
         self.begun = False
         """True once a slice of it is answered."""
 
@@ -121,7 +121,7 @@ class RequestChannel(Channel):
         self._read_at = 0.0
         self._latencies: list[float] = []
         """Of the calls that the last read has answered."""
-        self._pings = Sliced(_Pings(), waits=False)
+        self._pings = Sliced(_Pings())
         self.longest: Queue = self._pings.queue
         """The longest queue that was seen when calls were compared last."""
         self._answered = 0
@@ -251,12 +251,18 @@ class RequestChannel(Channel):
     def slices_of(self, queue: Queue) -> Iterator[Sliced]:
         """Count what is sent in the block as slices of one call, which begins and ends with it."""
         sliced = Sliced(queue)
-        queue.waiting += 1
-        self._in_slices += 1
+        self.begin_slices(sliced)
         try:
             yield sliced
         finally:
             self.end_slices(sliced)
+
+    def begin_slices(self, sliced: Sliced) -> None:
+        """The call waits for this worker, or does again; harmless when done twice."""
+        if not sliced.waits:
+            sliced.waits = True
+            sliced.queue.waiting += 1
+            self._in_slices += 1
 
     def end_slices(self, sliced: Sliced) -> None:
         """The call waits for this worker no more; harmless when done twice."""

@@ -255,6 +255,76 @@ async def test_a_helper_that_stands_still_is_not_waited_for(workers: Odd, monkey
     assert answered([workers.helper])[0] > 0
 
 
+SECOND_IN_HELPER = IN_HELPER + FIRST
+"""What waits there for an answer to the first."""
+
+
+async def late(workers: Odd, call: asyncio.Task[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the helper answer the slice at the gate, and be late with its next, which waits there as well."""
+    checking = workers.registry._pool._checking
+    assert checking is not None
+    checking.cancel()  # it would suspect the helper, too, and end it
+    monkeypatch.setattr(slicing, "_LATE", 0.01)
+    workers.gate.open()
+    await until(lambda: workers.helper.suspected)
+    assert not call.done()
+
+
+async def let_all_through(workers: Odd, call: asyncio.Task[Any]) -> None:
+    """Open the gate for whoever comes, until the call is answered."""
+    async with asyncio.timeout(20):
+        while not call.done():
+            if workers.gate.reached():
+                workers.gate.open()
+            await asyncio.sleep(0)
+
+
+async def test_who_does_again_what_a_helper_was_to_do_waits_again(
+    workers: Odd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rule P6: the call is back in the queue of its home, once, and can be displaced there."""
+    call = workers.call((IN_HELPER, odd.WAIT), (SECOND_IN_HELPER, odd.WAIT))
+    home = workers.home.requests
+    await until(workers.gate.reached)
+    await until(lambda: not home.waiting)
+    await late(workers, call, monkeypatch)
+    await until(lambda: home.pending)
+    entry = workers.registry._state.ledger.table["m"]
+    assert home.waiting == entry.value.waiting == 1
+    assert home.newest_of(entry.value) is not None
+    await let_all_through(workers, call)
+    assert all_doubled(await call)
+    assert home.waiting == entry.value.waiting == 0
+
+
+async def test_a_home_that_ends_after_its_part(workers: Odd, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rule P1: nothing of the call was there to fail with it, and nothing more is sent there."""
+    call = workers.call((IN_HELPER, odd.WAIT), (SECOND_IN_HELPER, odd.WAIT))
+    await until(workers.gate.reached)
+    await until(lambda: not workers.home.requests.waiting)
+    os.kill(workers.home.pid, signal.SIGKILL)
+    await until(lambda: workers.home.gone)
+    await late(workers, call, monkeypatch)
+    await let_all_through(workers, call)
+    assert all_doubled(await call)
+    assert not workers.home.requests.waiting
+
+
+async def test_a_late_helper_of_a_home_that_takes_nothing(workers: Odd, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its socket is full, and the helper stands still: the call goes on as soon as the home does."""
+    monkeypatch.setattr(leasing, "pick_seat", lambda entry, _limit: entry)
+    home = workers.home.requests
+    home.pause_writing()
+    call = workers.call((0, odd.WAIT), (FIRST, odd.WAIT))
+    await until(workers.gate.reached)
+    await late(workers, call, monkeypatch)
+    assert not home.pending
+    home.resume_writing()
+    await let_all_through(workers, call)
+    assert all_doubled(await call)
+    assert answered([workers.home])[0] > 0
+
+
 async def test_a_helper_that_takes_nothing_is_left_alone(workers: Odd, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its socket is full: what it was sent would wait in the parent."""
     monkeypatch.setattr(type(workers.helper.requests), "congested", property(lambda lane: lane is lane_of_helper))

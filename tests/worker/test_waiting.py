@@ -25,6 +25,8 @@ class Worker:
         self.clock = FakeClock()
         self.arrival = Arrival(self.theirs)
         self.slept = 0
+        self.was_to_sleep = False
+        """At the last system call, whether there was something already or not."""
         self.look = waiting._AWAKE / 10
         """Seconds that pass with each look."""
         self._due: float | None = None
@@ -41,6 +43,7 @@ class Worker:
 
     def poll(self, timeout: int | None = None) -> list[tuple[int, int]]:
         """Stand in for the system call: sleep takes until the request is there."""
+        self.was_to_sleep = timeout is None
         if timeout is None and self._due is not None:
             self.slept += 1
             self._let_pass(self._due - self.clock())
@@ -105,4 +108,5 @@ def test_a_closed_socket_is_an_arrival(worker: Worker) -> None:
     worker.wait(SHORT)
     worker.ours.close()
     worker.arrival.wait(awake=True)
+    assert not worker.was_to_sleep
     assert worker.theirs.recv(9) == b""
