@@ -29,6 +29,8 @@ from plots import plot_scaling
 from scaling_rivals import CLIENTS, RIVALS
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     Round = dict[str, Any]
 
 
@@ -58,7 +60,10 @@ _SHARES = ("parent_share", "workers_share")
 class Plan:
     """How much is measured."""
 
+    starts: int
+    """Of each rival: where the kernel puts its processes decides much, and it seldom moves them."""
     rounds: int
+    """After each start."""
     seconds: float
     """Of each measurement."""
     warm_up: float
@@ -68,8 +73,8 @@ class Plan:
     trees: int
 
 
-FULL = Plan(rounds=7, seconds=1.0, warm_up=0.5, patience=15.0, trees=500)
-QUICK = Plan(rounds=1, seconds=0.05, warm_up=0.02, patience=0.3, trees=25)
+FULL = Plan(starts=3, rounds=3, seconds=1.0, warm_up=0.5, patience=15.0, trees=500)
+QUICK = Plan(starts=1, rounds=1, seconds=0.05, warm_up=0.02, patience=0.3, trees=25)
 
 CLAIMS = (
     Claim("One hot model is answered by 2 workers at least 1.7 times as often as by 1",
@@ -103,10 +108,21 @@ def measure(folder: Path, plan: Plan) -> dict[str, Any]:
     }
     make_fleet(folder, trees=plan.trees, depth=DEPTH + 1, kinds=(HOT,))
     seen: dict[tuple[str, str], list[Round]] = {}
-    results["heated"] = heated = []
-    with ExitStack() as stack, Progress(transient=True) as progress:
+    heated: list[Round] = []
+    results["heated"] = heated
+    with Progress(transient=True) as progress:
+        for _ in progress.track(range(plan.starts), description="Starts"):
+            for case, key, round_ in _rounds(folder, plan, heated):
+                seen.setdefault((case, key), []).append(round_)
+    results["cases"] = [_entry(case, key, rounds, seen[case, YARDSTICK]) for (case, key), rounds in seen.items()]
+    return results
+
+
+def _rounds(folder: Path, plan: Plan, heated: list[Round]) -> Iterator[tuple[str, str, Round]]:
+    """Start all rivals, and let them take turns; what became of the copies is added to ``heated``."""
+    with ExitStack() as stack:
         contenders = [stack.enter_context(Contender(key, folder, script="scaling_rivals.py")) for key in RIVALS]
-        for _ in progress.track(range(plan.rounds), description="Rounds"):
+        for _ in range(plan.rounds):
             for contender in contenders:
                 heat = contender.order(do="heat", patience=plan.patience)
                 if contender.key == CANDIDATE:
@@ -115,9 +131,7 @@ def measure(folder: Path, plan: Plan) -> dict[str, Any]:
                 what = {"models": case.models, "clients": case.clients, "times": case.times}
                 for contender in contenders:
                     found = contender.order(do="ask", **what, seconds=plan.seconds, warm_up=plan.warm_up)
-                    seen.setdefault((key, contender.key), []).append(found)
-    results["cases"] = [_entry(case, key, rounds, seen[case, YARDSTICK]) for (case, key), rounds in seen.items()]
-    return results
+                    yield key, contender.key, found
 
 
 def _entry(case: str, key: str, rounds: list[Round], yardstick: list[Round]) -> dict[str, Any]:
@@ -193,9 +207,10 @@ def processor_line(one: dict[str, Any], two: dict[str, Any], usable: int) -> str
 def _page(results: dict[str, Any], tables: list[report.Table]) -> str:
     settings = results["settings"]
     notes = f"""
-* Medians of {settings["rounds"]} interleaved rounds of {settings["seconds"]:g} s after {settings["warm_up"]:g} s of
-  warm-up. "rounds": the least and the most of the rounds' calls/s. "ratio": of the calls/s, to
-  `{RIVALS[YARDSTICK].label}`, taken within each round.
+* Medians of {settings["starts"] * settings["rounds"]} interleaved rounds of {settings["seconds"]:g} s after
+  {settings["warm_up"]:g} s of warm-up, {settings["rounds"]} after each of {settings["starts"]} starts. "rounds": the
+  least and the most of the rounds' calls/s. "ratio": of the calls/s, to `{RIVALS[YARDSTICK].label}`, taken within each
+  round.
 * "stable" is NO when the interquartile range of the rounds' p50 or calls/s is over {report.STEADY:.0%} of the median:
   believe the order of magnitude, not the digits.
 * {settings["clients"]} clients in a closed loop, {settings["rows"]} rows in each call, or one client with
