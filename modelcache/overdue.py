@@ -26,7 +26,10 @@ def expire(entry: Entry[Resident], number: int, answer: Answer) -> None:
 
 
 async def writable(entry: Entry[Resident], deadline: float, *, counted: bool = True) -> None:
-    """Wait until the worker has taken enough of what was sent before, and no longer than the call may take."""
+    """Wait until the worker has taken enough of what was sent before, and no longer than the call may take.
+
+    Raises WorkerLostError if it has ended meanwhile, and nobody would be told that what is sent now is lost.
+    """
     try:
         async with asyncio.timeout(deadline - monotonic() if deadline else None):
             await entry.value.worker.requests.writable(counted=counted)
@@ -34,6 +37,7 @@ async def writable(entry: Entry[Resident], deadline: float, *, counted: bool = T
         worker = entry.value.worker
         worker.suspect()
         raise _timed_out(entry, worker.requests.expected_wait()) from error
+    entry.value.worker.check_not_gone()
 
 
 def _timed_out(entry: Entry[Resident], wait: float) -> PredictTimeoutError:

@@ -6,9 +6,9 @@ the caller's array straight into memory shared with the worker.
 
 A model that is in several workers is asked in one of them, as for any call. The others take slices as long as no call
 waits for them: whoever has done one is given the next, so that the slower, or the one that is interrupted, does less.
-What a helper has not answered in time while the home has nothing to do is done again there (backup tasks: Dean and
-Ghemawat, MapReduce, 2004). Its copy is leased while it has a slice, and no longer: bytes that others wait for are not
-withheld from them by call after call.
+What a helper has not answered in time while the home waits for something to do is done again there (backup tasks: Dean
+and Ghemawat, MapReduce, 2004). Its copy is leased while it has a slice, and no longer: bytes that others wait for are
+not withheld from them by call after call.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ class _SlicedCall:
         answers = [slice_.answer for slice_ in self._waiting]
         timeout = None if self._home.in_flight else _LATE  # only helpers have something to do
         done, _ = await asyncio.wait(answers, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        if not done:
+        if not done and not self._home.requests.congested:
             self._take_back()
 
     def _take_back(self) -> None:

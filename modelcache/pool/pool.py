@@ -171,7 +171,8 @@ class Worker:
         if self._ping is not None and self._ping.done():
             self._ping = None
         oldest = self.requests.oldest()
-        if self.process.artifacts.loading or (oldest is not None and now - oldest > patience / 2):
+        waited = oldest is not None and now - oldest > patience / 2
+        if self.process.artifacts.loading or waited or self.requests.congested:  # calls may wait to be sent at all
             self.suspect()
         used, self._cpu_seconds = self._cpu_seconds, self.process.cpu_seconds()
         self._look_back(now)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -48,6 +49,26 @@ async def test_a_congested_lane_keeps_to_the_deadline(make_registry: MakeRegistr
         await registry.predict("m", zoo.rows(1), timeout=0.05)
     go_on(worker.pid)
     assert all(len(answer) == len(LARGE) for answer in await asyncio.gather(*filling))
+
+
+async def test_a_worker_that_takes_nothing_is_asked_for_a_sign_of_life(make_registry: MakeRegistry) -> None:
+    """P2: those who wait for it have perhaps sent nothing yet that it could be late with."""
+    registry = await make_registry(MemoryStore({"m.ubj": zoo.model().ubj}))
+    await registry.load("m")
+    worker = registry._pool.workers[0]
+    assert registry._pool._checking is not None
+    registry._pool._checking.cancel()  # who looks is the test
+    halt(worker.pid)
+    worker.requests.pause_writing()
+    call = asyncio.create_task(registry.predict("m", zoo.rows(1)))
+    await settle()
+    assert not worker.requests.pending
+    now = time.monotonic()
+    worker.check(now, patience=1000.0)
+    assert worker.suspected
+    worker.check(now + 20_000.0, patience=1000.0)
+    assert len(await call) == 1
+    assert registry._pool.restarts == 1
 
 
 async def test_calls_that_cannot_be_sent_count_towards_the_limit(make_registry: MakeRegistry) -> None:

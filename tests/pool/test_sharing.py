@@ -259,21 +259,26 @@ SECOND_IN_HELPER = IN_HELPER + FIRST
 """What waits there for an answer to the first."""
 
 
+def let_nobody_look(registry: ModelRegistry) -> None:
+    """Stop the looks at all workers, which would suspect one that stands still, and end it."""
+    assert registry._pool._checking is not None
+    registry._pool._checking.cancel()
+
+
 async def late(workers: Odd, call: asyncio.Task[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the helper answer the slice at the gate, and be late with its next, which waits there as well."""
-    checking = workers.registry._pool._checking
-    assert checking is not None
-    checking.cancel()  # it would suspect the helper, too, and end it
+    let_nobody_look(workers.registry)
     monkeypatch.setattr(slicing, "_LATE", 0.01)
     workers.gate.open()
     await until(lambda: workers.helper.suspected)
     assert not call.done()
 
 
-async def let_all_through(workers: Odd, call: asyncio.Task[Any]) -> None:
-    """Open the gate for whoever comes, until the call is answered."""
+async def let_all_through(workers: Odd, call: asyncio.Task[Any], *, helper: bool = True) -> None:
+    """Open the gate for whoever comes, until the call is answered and the ``helper`` has done what it was sent."""
+    free = workers.helper.requests.slots.free
     async with asyncio.timeout(20):
-        while not call.done():
+        while not call.done() or (helper and len(free) < SLOTS):
             if workers.gate.reached():
                 workers.gate.open()
             await asyncio.sleep(0)
@@ -310,19 +315,34 @@ async def test_a_home_that_ends_after_its_part(workers: Odd, monkeypatch: pytest
     assert not workers.home.requests.waiting
 
 
-async def test_a_late_helper_of_a_home_that_takes_nothing(workers: Odd, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its socket is full, and the helper stands still: the call goes on as soon as the home does."""
+async def test_a_slow_helper_of_a_home_that_takes_nothing(workers: Odd, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody could do again what it is late with: it goes on, and does all of it."""
     monkeypatch.setattr(leasing, "pick_seat", lambda entry, _limit: entry)
+    monkeypatch.setattr(slicing, "_LATE", 0.001)
+    workers.home.requests.pause_writing()
+    assert all_doubled(await workers.call((0, odd.COMPUTE)))
+    assert answered([workers.home]) == [0]
+    workers.home.requests.resume_writing()
+
+
+async def test_a_late_helper_of_a_home_that_takes_something_again(
+    workers: Odd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its socket was full, and the helper stands still: the call goes on as soon as the home does."""
+    monkeypatch.setattr(leasing, "pick_seat", lambda entry, _limit: entry)
+    monkeypatch.setattr(slicing, "_LATE", 0.001)
+    let_nobody_look(workers.registry)
     home = workers.home.requests
     home.pause_writing()
-    call = workers.call((0, odd.WAIT), (FIRST, odd.WAIT))
+    call = workers.call((0, odd.WAIT))
     await until(workers.gate.reached)
-    await late(workers, call, monkeypatch)
-    assert not home.pending
+    halt(workers.helper.pid)
+    workers.gate.open()
     home.resume_writing()
-    await let_all_through(workers, call)
+    await let_all_through(workers, call, helper=False)
     assert all_doubled(await call)
     assert answered([workers.home])[0] > 0
+    go_on(workers.helper.pid)
 
 
 async def test_a_helper_that_takes_nothing_is_left_alone(workers: Odd, monkeypatch: pytest.MonkeyPatch) -> None:
