@@ -15,6 +15,12 @@ if TYPE_CHECKING:
 FIGURES = ("p50", "p90", "p99", "calls_per_second", "cpu_per_call")
 
 
+def dealt_out(rounds: int, starts: int) -> list[int]:
+    """Return how many of so many ``rounds`` follow each of so many ``starts``, one at least."""
+    starts = min(starts, rounds)
+    return [rounds // starts + (number < rounds % starts) for number in range(starts)]
+
+
 def entry(case: str, title: str, rival: str, rounds: list[Round], yardstick: list[Round]) -> dict[str, Any]:
     """Return what is known of one rival in one case; ratios to the ``yardstick`` are taken within each round."""
     return {

@@ -26,7 +26,7 @@ from rich.progress import Progress
 
 import report
 from command import make_parser, parse, publish
-from comparing import Claim, check_claims, claim_line, entry
+from comparing import Claim, check_claims, claim_line, dealt_out, entry
 from harness import Contender
 from isolation_rivals import AWAY, CLIENTS, RIVALS, STORM
 from models import DEPTH, ENVIRONMENT, NAMES, TREES, make_fleet, offer_cold
@@ -67,10 +67,9 @@ CASES = (
 class Plan:
     """How much is measured."""
 
-    starts: int
-    """Of each rival: where the kernel puts its processes decides much, and it seldom moves them."""
     rounds: int
-    """After each start."""
+    starts: int
+    """Of each rival, which the rounds are dealt out to: two starts of the same code differ."""
     seconds: float
     """Of each measurement."""
     warm_up: float
@@ -79,8 +78,8 @@ class Plan:
     """That may be loaded by one rival."""
 
 
-FULL = Plan(starts=4, rounds=3, seconds=1.0, warm_up=0.2, names=40_000)
-QUICK = Plan(starts=1, rounds=1, seconds=0.1, warm_up=0.02, names=500)
+FULL = Plan(rounds=12, starts=4, seconds=1.0, warm_up=0.2, names=40_000)
+QUICK = Plan(rounds=1, starts=1, seconds=0.1, warm_up=0.02, names=500)
 
 CLAIMS = (
     Claim("In a storm of cold loads from a remote store, 8 in flight, the warm p99 is at most 3 times the quiet p99",
@@ -119,20 +118,20 @@ def measure(folder: Path, plan: Plan, keys: list[str]) -> dict[str, Any]:
     offer_cold(folder, plan.names)
     seen: dict[tuple[str, str], list[Round]] = {}
     with Progress(transient=True) as progress:
-        for _ in progress.track(range(plan.starts), description="Starts"):
-            for case, key, round_ in _rounds(folder, plan, keys):
+        for rounds in progress.track(dealt_out(plan.rounds, plan.starts), description="Starts"):
+            for case, key, round_ in _after_start(folder, plan, keys, rounds):
                 seen.setdefault((case.key, key), []).append(round_)
     results["cases"] = [_entry(case, key, seen[case.key, key], seen[QUIET, key]) for case in CASES for key in keys]
     return results
 
 
-def _rounds(folder: Path, plan: Plan, keys: list[str]) -> Iterator[tuple[Case, str, Round]]:
-    """Start all rivals, and let them take turns."""
+def _after_start(folder: Path, plan: Plan, keys: list[str], rounds: int) -> Iterator[tuple[Case, str, Round]]:
+    """Start all rivals, and let them take turns for so many ``rounds``."""
     with ExitStack() as stack:
         contenders = [stack.enter_context(Contender(key, folder, script="isolation_rivals.py")) for key in keys]
         for contender in contenders:  # loads the ten models, and warms both paths up
             _turn(contender, CASES[3], plan)
-        for _ in range(plan.rounds):
+        for _ in range(rounds):
             for case in CASES:
                 for contender in contenders:
                     yield case, contender.key, _turn(contender, case, plan)
@@ -239,8 +238,8 @@ def _findings(results: dict[str, Any]) -> list[str]:
 def _page(results: dict[str, Any], tables: list[report.Table]) -> str:
     settings = results["settings"]
     notes = f"""
-* Medians of {settings["starts"] * settings["rounds"]} interleaved rounds of {settings["seconds"]:g} s for each kind and
-  rival, {settings["rounds"]} after each of {settings["starts"]} starts, and each after {settings["warm_up"]:g} s of the
+* Medians of {settings["rounds"]} interleaved rounds of {settings["seconds"]:g} s for each kind and
+  rival, in {settings["starts"]} starts, and each after {settings["warm_up"]:g} s of the
   same. "rounds": the least and the most of the rounds' p99. "p99 ratio": to the quiet one of the same rival in the same
   round.
 * "stable" is NO when the interquartile range of the rounds' p50, p99 or calls/s is over {report.STEADY:.0%} of the

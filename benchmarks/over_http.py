@@ -1,6 +1,6 @@
 """What HTTP adds: a row of CSV sent to ``modelcache serve``, and to a trivial echo on the same server.
 
-    python benchmarks/over_http.py            about a minute; writes benchmarks/results/over_http.{json,md,png}
+    python benchmarks/over_http.py            about two minutes; writes benchmarks/results/over_http.{json,md,png}
     python benchmarks/over_http.py --quick    seconds; shows that it works, not how fast anything is
 
 Every rival's server is a process of its own, and so is the client that asks it, over connections that stay open; they
@@ -25,13 +25,15 @@ from rich.progress import Progress
 
 import report
 from command import make_parser, parse, publish
-from comparing import Claim, case_table, check_claims, claim_line, entry
+from comparing import Claim, case_table, check_claims, claim_line, dealt_out, entry
 from harness import Contender
 from http_rivals import RIVALS
 from models import DEPTH, ENVIRONMENT, NAMES, ONE, TREES, make_fleet
 from plots import plot_over_http
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     Round = dict[str, Any]
 
 CASES = {"one-1": (1, "One row of CSV, 1 client"), "one-64": (64, "One row of CSV, 64 clients")}
@@ -48,14 +50,16 @@ class Plan:
     """How much is measured."""
 
     rounds: int
+    starts: int
+    """Of each rival, which the rounds are dealt out to: two starts of the same code differ."""
     seconds: float
     """Of each measurement."""
     warm_up: float
     """Seconds of calls before it."""
 
 
-FULL = Plan(rounds=9, seconds=0.5, warm_up=0.2)
-QUICK = Plan(rounds=1, seconds=0.03, warm_up=0.02)
+FULL = Plan(rounds=12, starts=3, seconds=0.5, warm_up=0.2)
+QUICK = Plan(rounds=1, starts=1, seconds=0.03, warm_up=0.02)
 
 CLAIMS = tuple(
     claim
@@ -97,19 +101,27 @@ def measure(folder: Path, plan: Plan) -> dict[str, Any]:
     }
     make_fleet(folder)
     seen: dict[tuple[str, str], list[Round]] = {}
-    with ExitStack() as stack, Progress(transient=True) as progress:
-        contenders = [stack.enter_context(Contender(key, folder, script="http_rivals.py")) for key in RIVALS]
-        for contender in contenders:
-            contender.ask(ONE, 16, seconds=2 * plan.warm_up)
-        for _ in progress.track(range(plan.rounds), description="Rounds"):
-            for case, (clients, _title) in CASES.items():
-                for contender in contenders:
-                    found = contender.ask(ONE, clients, seconds=plan.seconds, warm_up=plan.warm_up)
-                    seen.setdefault((case, contender.key), []).append(found)
+    with Progress(transient=True) as progress:
+        for rounds in progress.track(dealt_out(plan.rounds, plan.starts), description="Starts"):
+            for case, key, round_ in _after_start(folder, plan, rounds):
+                seen.setdefault((case, key), []).append(round_)
     results["cases"] = [
         entry(case, CASES[case][1], key, rounds, seen[case, YARDSTICK]) for (case, key), rounds in seen.items()
     ]
     return results
+
+
+def _after_start(folder: Path, plan: Plan, rounds: int) -> Iterator[tuple[str, str, Round]]:
+    """Start all rivals, and let them take turns for so many ``rounds``."""
+    with ExitStack() as stack:
+        contenders = [stack.enter_context(Contender(key, folder, script="http_rivals.py")) for key in RIVALS]
+        for contender in contenders:
+            contender.ask(ONE, 16, seconds=2 * plan.warm_up)
+        for _ in range(rounds):
+            for case, (clients, _title) in CASES.items():
+                for contender in contenders:
+                    found = contender.ask(ONE, clients, seconds=plan.seconds, warm_up=plan.warm_up)
+                    yield case, contender.key, found
 
 
 # Reporting
@@ -135,9 +147,9 @@ def _findings(results: dict[str, Any]) -> list[str]:
 def _page(results: dict[str, Any], tables: list[report.Table]) -> str:
     settings = results["settings"]
     notes = f"""
-* Medians of {settings["rounds"]} interleaved rounds of {settings["seconds"]:g} s after {settings["warm_up"]:g} s of
-  warm-up. "rounds": the least and the most of the rounds' p50. Ratios are to `{RIVALS[YARDSTICK].label}`, taken within
-  each round.
+* Medians of {settings["rounds"]} interleaved rounds of {settings["seconds"]:g} s after
+  {settings["warm_up"]:g} s of warm-up, in {settings["starts"]} starts. "rounds": the
+  least and the most of the rounds' p50. Ratios are to `{RIVALS[YARDSTICK].label}`, taken within each round.
 * "stable" is NO when the interquartile range of the rounds' p50 or calls/s is over {report.STEADY:.0%} of the median:
   believe the order of magnitude, not the digits.
 * {settings["models"]} models of {settings["trees"]} trees, depth {settings["depth"]}, six features, `nthread=1`. Closed

@@ -1,6 +1,6 @@
 """One worker against two: what a second processor brings to one hot model, to ten, and to a lone call of many rows.
 
-    python benchmarks/scaling.py            about two minutes; writes benchmarks/results/scaling.{json,md,png}
+    python benchmarks/scaling.py            about three minutes; writes benchmarks/results/scaling.{json,md,png}
     python benchmarks/scaling.py --quick    seconds; shows that it works, not how fast anything is
 
 Sixteen clients ask in a closed loop, each time with 64 rows, models of 500 trees of depth 6; then one client does, with
@@ -22,7 +22,7 @@ from rich.progress import Progress
 
 import report
 from command import make_parser, parse, publish
-from comparing import Claim, check_claims, claim_line, entry
+from comparing import Claim, check_claims, claim_line, dealt_out, entry
 from harness import Contender
 from models import DEPTH, ENVIRONMENT, HOT, NAMES, ROWS, make_fleet
 from plots import plot_scaling
@@ -60,10 +60,9 @@ _SHARES = ("parent_share", "workers_share")
 class Plan:
     """How much is measured."""
 
-    starts: int
-    """Of each rival: where the kernel puts its processes decides much, and it seldom moves them."""
     rounds: int
-    """After each start."""
+    starts: int
+    """Of each rival, which the rounds are dealt out to: two starts of the same code differ."""
     seconds: float
     """Of each measurement."""
     warm_up: float
@@ -73,8 +72,8 @@ class Plan:
     trees: int
 
 
-FULL = Plan(starts=3, rounds=3, seconds=1.0, warm_up=0.5, patience=15.0, trees=500)
-QUICK = Plan(starts=1, rounds=1, seconds=0.05, warm_up=0.02, patience=0.3, trees=25)
+FULL = Plan(rounds=9, starts=3, seconds=1.0, warm_up=0.5, patience=15.0, trees=500)
+QUICK = Plan(rounds=1, starts=1, seconds=0.05, warm_up=0.02, patience=0.3, trees=25)
 
 CLAIMS = (
     Claim("One hot model is answered by 2 workers at least 1.7 times as often as by 1",
@@ -111,18 +110,18 @@ def measure(folder: Path, plan: Plan) -> dict[str, Any]:
     heated: list[Round] = []
     results["heated"] = heated
     with Progress(transient=True) as progress:
-        for _ in progress.track(range(plan.starts), description="Starts"):
-            for case, key, round_ in _rounds(folder, plan, heated):
+        for rounds in progress.track(dealt_out(plan.rounds, plan.starts), description="Starts"):
+            for case, key, round_ in _after_start(folder, plan, heated, rounds):
                 seen.setdefault((case, key), []).append(round_)
     results["cases"] = [_entry(case, key, rounds, seen[case, YARDSTICK]) for (case, key), rounds in seen.items()]
     return results
 
 
-def _rounds(folder: Path, plan: Plan, heated: list[Round]) -> Iterator[tuple[str, str, Round]]:
+def _after_start(folder: Path, plan: Plan, heated: list[Round], rounds: int) -> Iterator[tuple[str, str, Round]]:
     """Start all rivals, and let them take turns; what became of the copies is added to ``heated``."""
     with ExitStack() as stack:
         contenders = [stack.enter_context(Contender(key, folder, script="scaling_rivals.py")) for key in RIVALS]
-        for _ in range(plan.rounds):
+        for _ in range(rounds):
             for contender in contenders:
                 heat = contender.order(do="heat", patience=plan.patience)
                 if contender.key == CANDIDATE:
@@ -207,8 +206,8 @@ def processor_line(one: dict[str, Any], two: dict[str, Any], usable: int) -> str
 def _page(results: dict[str, Any], tables: list[report.Table]) -> str:
     settings = results["settings"]
     notes = f"""
-* Medians of {settings["starts"] * settings["rounds"]} interleaved rounds of {settings["seconds"]:g} s after
-  {settings["warm_up"]:g} s of warm-up, {settings["rounds"]} after each of {settings["starts"]} starts. "rounds": the
+* Medians of {settings["rounds"]} interleaved rounds of {settings["seconds"]:g} s after
+  {settings["warm_up"]:g} s of warm-up, in {settings["starts"]} starts. "rounds": the
   least and the most of the rounds' calls/s. "ratio": of the calls/s, to `{RIVALS[YARDSTICK].label}`, taken within each
   round.
 * "stable" is NO when the interquartile range of the rounds' p50 or calls/s is over {report.STEADY:.0%} of the median:

@@ -31,3 +31,16 @@ def test_there_is_a_round_at_least(
     with pytest.raises(SystemExit):
         make_parser("A benchmark.").parse_args(["--rounds", rounds])
     assert f"argument --rounds: invalid positive_integer value: '{rounds}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rounds", "starts", "expected"), [(12, 4, [3, 3, 3, 3]), (10, 4, [3, 3, 2, 2]), (2, 3, [1, 1]), (1, 1, [1])]
+)
+def test_rounds_are_dealt_out_to_starts(
+    rounds: int, starts: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There are as many rounds as were asked for, and none of the starts is for nothing."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from comparing import dealt_out  # noqa: PLC0415 - scripts, and no part of any package
+
+    assert dealt_out(rounds, starts) == expected
