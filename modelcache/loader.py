@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from modelcache.attempt import Attempt, NoRoomError, OutgrownError
@@ -36,12 +36,10 @@ from modelcache.stores.base import NotModified
 from modelcache.stores.disk_tier import DiskCopy
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from modelcache.cache.claims import Claim
     from modelcache.cache.entry import Entry
     from modelcache.cache.flight import Flight
-    from modelcache.origin import Found, Origin
+    from modelcache.origin import Origin
     from modelcache.pool.pool import Pool
     from modelcache.residency import Residency
     from modelcache.resident import Resident
@@ -215,29 +213,46 @@ class Loader:
     async def _attempt(self, flight: Flight, needed: int, limit: asyncio.Timeout) -> Attempt | None:
         """Return the attempt if it has landed a model; None if the flight has ended without one."""
         started, asked_at = time.perf_counter(), self._state.clock()
-        async with self._found(flight) as found:
-            if found is None:
-                if not self._state.confirm(flight):
-                    raise LeftMeanwhileError
+        flight.phase = Phase.LOADING
+        held = flight.renews.value.version if flight.renews and flight.renews.state is State.READY else None
+        found = await self._origin.find(flight.key, held=held, fresh=flight.fresh)
+        if isinstance(found, NotModified):
+            self._confirm(flight)
+            return None
+        try:
+            self.quarantine.check(flight.key, found.source.version)
+            if found.source.version == held:
+                self._confirm(flight)
                 return None
             attempt = (Attempt if flight.copies is None else CopyAttempt)(
                 self._state, self._pool, flight, found, needed=needed, started=started, asked_at=asked_at,
                 copy_to=self._origin.incoming(found),
             )  # fmt: skip
-            try:
-                if flight.scouts:
-                    bounds = await attempt.scout()
-                    attempt.give_up()
-                    self._state.flights.report(flight, bounds)
-                    return None
+            return await self._carry_out(flight, attempt, limit)
+        finally:
+            await found.let_go()
+
+    async def _carry_out(self, flight: Flight, attempt: Attempt, limit: asyncio.Timeout) -> Attempt | None:
+        """Return the attempt if it has landed a model; None if it was to find out what that takes."""
+        try:
+            if not flight.scouts:
                 await attempt.load()
-            except BaseException as error:
-                # A load that is cancelled, as the registry is being closed, is no endless one.
-                if limit.expired() and attempt.end_parsing():
-                    self.quarantine.blame(flight.key, found.source.version, 1.0)
-                await self._give_up(flight, attempt, error)
-                raise
-        return attempt
+                return attempt
+            bounds = await attempt.scout()
+            attempt.give_up()
+            self._state.flights.report(flight, bounds)
+        except BaseException as error:
+            # A load that is cancelled, as the registry is being closed, is no endless one.
+            if limit.expired() and attempt.end_parsing():
+                self.quarantine.blame(flight.key, attempt.found.source.version, 1.0)
+            await self._give_up(flight, attempt, error)
+            raise
+        return None
+
+    def _confirm(self, flight: Flight) -> None:
+        """End the flight with the version that it was to renew."""
+        if not self._state.confirm(flight):
+            raise LeftMeanwhileError
 
     async def _give_up(self, flight: Flight, attempt: Attempt, error: BaseException) -> None:
         attempt.give_up()
@@ -248,21 +263,6 @@ class Loader:
             self.quarantine.blame(flight.key, source.version, attempt.blame)
         if isinstance(error, ModelLoadError) and isinstance(source, DiskCopy):
             await self._origin.drop(source, error)
-
-    @asynccontextmanager
-    async def _found(self, flight: Flight) -> AsyncIterator[Found | None]:
-        """Find the artifact, None if it is the version to be renewed, and let go of it in the end."""
-        flight.phase = Phase.LOADING
-        held = flight.renews.value.version if flight.renews and flight.renews.state is State.READY else None
-        found = await self._origin.find(flight.key, held=held, fresh=flight.fresh)
-        if isinstance(found, NotModified):
-            yield None
-            return
-        try:
-            self.quarantine.check(flight.key, found.source.version)
-            yield found if found.source.version != held else None
-        finally:
-            await found.let_go()
 
     def _timed_out(self, flight: Flight) -> ModelCacheError:
         if flight.phase is Phase.STARVED:

@@ -97,11 +97,11 @@ class Residency:
         place.trusted_until = self._trusted_until(place)
         self.counters.loaded(place, len(self.ledger.table))
         self.history.settled(entry.key)
-        if place.rare.replaced is None:
-            self.emit(ModelLoaded(self.info(entry)))
-        else:
-            self.counters.refreshes += 1
-            self.emit(ModelRefreshed(self.info(entry), place.rare.replaced))
+        replaced = place.rare.replaced
+        self.counters.refreshes += replaced is not None
+        if self.subscribers:  # a first call waits for this, and nobody may want to know
+            info = self.info(entry)
+            self.emit(ModelLoaded(info) if replaced is None else ModelRefreshed(info, replaced))
 
     def copied(self, copy: Entry[Resident]) -> None:
         """A model has come into a further worker."""
