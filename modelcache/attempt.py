@@ -157,7 +157,7 @@ class Attempt:
             claim = await self._claim(Bounds(known, max(known, self._needed)))
             # What a small model takes beyond its ratio is in the measured bytes already: without the second figure
             # the worker would ask for more than was measured, and others would be evicted for it in vain.
-            await self._begin(max(sizes.unpacked_within(claim.bytes, kind), unpacked))
+            await self._begin(max(sizes.unpacked_within(claim.bytes, kind), unpacked), known)
             return
         unpacked = await self._unpacked_bytes()
         await self._claim(self._bounds(unpacked))
@@ -255,11 +255,11 @@ class Attempt:
 
     # The worker
 
-    async def _begin(self, allowed: int) -> Loading:
+    async def _begin(self, allowed: int, known: int = 0) -> Loading:
         self._worker = await self._choose_worker()
         number, source = self._pool.next_number(), self._source
         if isinstance(source, DiskCopy):
-            self._loading = self._worker.open_copy(number, allowed, str(source.path), source.digest)
+            self._loading = self._worker.open_copy(number, allowed, source.location, source.digest, known)
         else:
             save = str(self._copy_to) if self._copy_to is not None else None
             self._loading = self._worker.begin_load(number, allowed, source.digest, save)
@@ -291,6 +291,8 @@ class Attempt:
         """Pass the chunks on as they come, all of them, or the load fails; return what is to be sent with the end."""
         loading, size = self._loading, self._source.size
         assert loading is not None
+        if isinstance(self._source, DiskCopy):  # the worker reads it by itself, and checks it
+            return b""
         if self._held_back:
             await self._feed(self._held_back)
         last = b""
@@ -320,9 +322,7 @@ class Attempt:
         self._loading.finish(last, self._ahead.matrix if self._ahead is not None else None)
 
     def _check_complete(self) -> None:
-        """Refuse what is shorter than announced; a copy is checked by the worker, which reads it."""
-        if isinstance(self._source, DiskCopy):
-            return
+        """Refuse what is shorter than announced."""
         self._downloading = self._elapsed()
         size = self._source.size
         if size is not None and self._received != size:

@@ -79,7 +79,7 @@ class LoneWorker:
 
     def report(self) -> Report:
         size, kind, _, _, model, number = wire.ARTIFACT.unpack(_read(self.artifacts, wire.ARTIFACT.size))
-        return Report(kind, model, number, json.loads(_read(self.artifacts, size)) if size else {})
+        return Report(kind, model, number, _facts(kind, _read(self.artifacts, size)))
 
     def answer(self) -> np.ndarray[Any, Any]:
         """Return the values of an ANSWER."""
@@ -116,6 +116,14 @@ class LoneWorker:
         reply = self.reply()
         assert (reply.kind, reply.number) == (wire.RESULT, number), reply.message
         return reply.values
+
+
+def _facts(kind: int, payload: bytes) -> dict[str, Any]:
+    took: dict[str, Any] = {}
+    if kind == wire.LOADED:
+        took["seconds"], took["unpacked_bytes"] = wire.TOOK.unpack_from(payload)
+        payload = payload[wire.TOOK.size :]
+    return took | (json.loads(payload) if payload else {})
 
 
 def read_reply(sock: socket.socket) -> Reply:

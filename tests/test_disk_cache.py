@@ -111,6 +111,30 @@ async def test_a_model_comes_back_without_the_store(make_registry: MakeRegistry,
     assert (await registry.invoke("m", ROWS)).tier == "memory"
 
 
+async def test_a_copy_is_charged_what_the_model_took_before(
+    make_registry: MakeRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """L1: it is weighed once; who starts anew weighs again."""
+    told, announce = list[int](), ArtifactChannel.open
+
+    def listen(*order: Any) -> Any:
+        told.append(order[-1])
+        return announce(*order)
+
+    monkeypatch.setattr(ArtifactChannel, "open", listen)
+    first = await make_registry(Remote({"m.ubj": OLD.ubj}), disk_cache=tmp_path)
+    await first.load("m")
+    size = first.loaded()[0].size_bytes
+    for _ in range(2):
+        assert await reload(first) == "disk"
+        assert first.loaded()[0].size_bytes == size
+    assert told == [size, size]
+    await first.close()
+    second = await make_registry(Remote({}), disk_cache=tmp_path)
+    await second.load("m")
+    assert told == [size, size, 0]
+
+
 async def test_copies_survive_a_restart(make_registry: MakeRegistry, tmp_path: Path) -> None:
     """A later registry on the same folder and store loads the copy; a DiskTier may be given instead of the folder."""
     store = Remote({"m.ubj": OLD.ubj})

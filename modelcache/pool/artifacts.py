@@ -58,12 +58,16 @@ class ModelFacts:
     best_iteration: int | None
 
 
-_shared_facts = lru_cache(_FACTS_SHARED)(ModelFacts)
-
-
 @lru_cache(_FACTS_SHARED)
 def _shared_names(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
+
+
+@lru_cache(_FACTS_SHARED)
+def _shared_facts(said: bytes) -> ModelFacts:
+    facts = json.loads(said)
+    facts["feature_names"] = _shared_names(tuple(facts["feature_names"])) if facts["feature_names"] else None
+    return ModelFacts(**facts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +83,8 @@ class LoadedFacts:
     @classmethod
     def from_frame(cls, size: int, payload: bytes) -> LoadedFacts:
         """Read a LOADED frame."""
-        facts = json.loads(payload)
-        seconds, unpacked = facts.pop("seconds"), facts.pop("unpacked_bytes")
-        facts["feature_names"] = _shared_names(tuple(facts["feature_names"])) if facts["feature_names"] else None
-        return cls(size, seconds, unpacked, _shared_facts(**facts))
+        seconds, unpacked = wire.TOOK.unpack_from(payload)
+        return cls(size, seconds, unpacked, _shared_facts(payload[wire.TOOK.size :]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,9 +218,12 @@ class ArtifactChannel(Channel):
             loading.saved = self._saving[model] = self._loop.create_future()
         return loading
 
-    def open(self, model: int, allowed: int, path: str, digest: str) -> Loading:
-        """Announce a local copy, as :meth:`begin` does with what is sent; nothing is to be fed."""
-        copy = bytes.fromhex(digest) + os.fsencode(path)
+    def open(self, model: int, allowed: int, path: str, digest: str, known: int) -> Loading:
+        """Announce a local copy, as :meth:`begin` does with what is sent; nothing is to be fed.
+
+        ``known`` are the bytes of heap that it took before; 0: nobody knows, and it is to be weighed.
+        """
+        copy = wire.COPY.pack(bytes.fromhex(digest), known) + os.fsencode(path)
         loading = self._loadings[model] = Loading(self, model, _frame(wire.OPEN, model, allowed, copy))
         return loading
 

@@ -137,10 +137,10 @@ class Worker:
         self.check_alive()
         return self.process.artifacts.begin(model, allowed, digest, save)
 
-    def open_copy(self, model: int, allowed: int, path: str, digest: str) -> Loading:
+    def open_copy(self, model: int, allowed: int, path: str, digest: str, known: int) -> Loading:
         """Order a local copy to be loaded; raises WorkerLostError if the worker has ended meanwhile."""
         self.check_alive()
-        return self.process.artifacts.open(model, allowed, path, digest)
+        return self.process.artifacts.open(model, allowed, path, digest, known)
 
     def forget_load(self, loading: Loading) -> None:
         """Listen no more to a load that is given up."""

@@ -25,7 +25,8 @@ by SKIPPED if nobody wants the answer any more.
                                  payload: JSON with the `digest` of the artifact (SHA-256, hexadecimal) if it is known,
                                  and `save`, a path to write the model to once it has loaded, if that is wanted
     OPEN     model, allowed      BEGIN for a local copy, which the worker reads by itself
-                                 payload: its SHA-256 (32 bytes), and its path
+                                 payload: its SHA-256 (32 bytes), the bytes of heap that it took when it was loaded
+                                 before, 0 if that is not known, and its path
     CHUNK    model               payload: the next bytes of the artifact
     END      model, rows         the artifact is complete: compare its digest, and load it
                                  payload: the rows that the loader is to try it on, float32, row-major; else a row of
@@ -42,7 +43,8 @@ by SKIPPED if nobody wants the answer any more.
                                  or UNLOAD; payload: JSON with `asked`, more than that if it may still be growing
     ANSWER   model, rows         comes before LOADED if there were rows: what the model predicts for them, as in RESULT,
                                  the number of dimensions behind the kind
-    LOADED   model, bytes        measured heap; payload: JSON with what the model says of itself
+    LOADED   model, bytes        measured heap; payload: seconds that it took to load, its unpacked bytes, and JSON with
+                                 what the model says of itself, the same bytes for each model of which it is the same
     FAILED   model               payload: JSON with kind, message and facts
     SAVED    model, bytes        written to `save`, in the form that loads fastest; payload: JSON with its `digest`, or
                                  with the `error` that prevented it
@@ -81,8 +83,11 @@ Of a batch each call is told its share, by its rows."""
 ARTIFACT = Struct("<IBBHIQ")
 """Artifact lane, both directions: payload length, kind, dimensions, 0, model, bytes or rows."""
 
-DIGEST = 32
-"""Bytes of a SHA-256."""
+COPY = Struct("<32sQ")
+"""What precedes the path of a local copy: its SHA-256, and the bytes that it is known to take."""
+
+TOOK = Struct("<dQ")
+"""What LOADED begins with: seconds, unpacked bytes."""
 
 PAYLOAD_LIMIT = 1 << 20
 """Largest payload the parent puts into one frame, unless a single row is larger."""

@@ -102,6 +102,11 @@ class DiskCopy:
         """May be gone by the time it is opened, when another process has evicted it: then drop the copy."""
         return self.folder / self.digest
 
+    @property
+    def location(self) -> str:
+        """The path as text, which is made in a tenth of the time."""
+        return os.path.join(self.folder, self.digest)  # noqa: PTH118 - see above
+
 
 class Totals(NamedTuple):
     """What is published, by all processes."""

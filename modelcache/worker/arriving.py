@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 class Arriving:
     """An artifact of which not all has come yet, or which waits for its reservation to grow."""
 
-    def __init__(self, allowed: int, digest: str | None, *, save: str | None = None, any_format: bool) -> None:
+    def __init__(
+        self, allowed: int, digest: str | None, *, save: str | None = None, known: int = 0, any_format: bool
+    ) -> None:
         self.reader = ArtifactReader(any_format=any_format)
         self.allowed = allowed
         self.asked = 0
@@ -26,6 +28,10 @@ class Arriving:
         """What to predict as soon as it is loaded."""
         self.holds_bytes = False
         """True once chunks have come."""
+        self.known = known
+        """Bytes of heap that it took before; 0: it is to be weighed."""
+        self.is_copy = False
+        """True of a local copy, which a worker has written from a model that it had loaded."""
         self._digest = digest or ""
         self._hash = new_hash() if digest else None
 
@@ -36,9 +42,9 @@ class Arriving:
             self._hash.update(chunk)
         self.reader.feed(chunk)
 
-    def adopt(self, data: bytearray) -> None:
+    def adopt(self, data: bytes) -> None:
         """Take all of a local copy."""
-        self.holds_bytes = True
+        self.holds_bytes = self.is_copy = True
         if self._hash is not None:
             self._hash.update(data)
         self.reader.adopt(data)
@@ -78,14 +84,23 @@ def new_hash() -> HASH:
     return sha256()
 
 
-def read_copy(path: bytes) -> bytearray:
+def read_copy(path: bytes) -> bytes:
     """Return the content of a file; if it is changed meanwhile, anything that has its digest no more."""
     try:
-        with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - a Path takes as long to make as this to open
-            data = bytearray(os.fstat(file.fileno()).st_size)
-            rest = memoryview(data)
-            while count := file.readinto(rest):
-                rest = rest[count:]
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # a file object takes as long to make as this to open
+        try:
+            return _read(descriptor, os.fstat(descriptor).st_size)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise ArtifactError("corrupt", f"the copy cannot be read: {error}") from error
-    return data
+
+
+def _read(descriptor: int, size: int) -> bytes:
+    data = os.read(descriptor, size)
+    if len(data) == size:
+        return data
+    pieces = [data]  # Linux reads 2 GiB at once at most
+    while pieces[-1]:
+        pieces.append(os.read(descriptor, size))
+    return b"".join(pieces)

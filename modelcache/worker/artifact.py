@@ -62,7 +62,7 @@ class ArtifactReader:
                 return
         self._opened().feed(data)
 
-    def adopt(self, data: bytearray) -> None:
+    def adopt(self, data: bytes) -> None:
         """Take all of what is no archive, whatever it looks like, and do not copy it."""
         if len(data) > self._limits.max_unpacked:
             raise too_many_bytes(self._limits)
@@ -104,7 +104,7 @@ def _stage_for(head: bytes, limits: Limits, *, any_format: bool) -> _Stage:
 class _Raw:
     """The artifact is the model."""
 
-    def __init__(self, limits: Limits, data: bytearray, *, any_format: bool) -> None:
+    def __init__(self, limits: Limits, data: bytes | bytearray, *, any_format: bool) -> None:
         self._limits = limits
         self._any_format = any_format
         self._data = data

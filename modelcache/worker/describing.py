@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import json
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from modelcache.worker.predictors import PredictorFaultError, described
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from modelcache.worker.formats import Unpacked
     from modelcache.worker.predictors import Predictor
 
 T = TypeVar("T")
 
+_KINDS_SHARED = 1024
+"""What is the same for all models of a fleet is written once."""
 
-def facts_of(predictor: Predictor, unpacked: Unpacked) -> dict[str, Any]:
+
+def facts_of(predictor: Predictor, unpacked: Unpacked) -> bytes:
     """Return the facts of a LOADED frame; PredictorFaultError if the predictor does not tell them."""
-    found = {"unpacked_bytes": len(unpacked.data), "format": unpacked.format, "container": unpacked.container}
     try:
-        return found | _description(predictor)
+        return _as_json(unpacked.format, unpacked.container, *_description(predictor))
     except Exception as error:
         raise PredictorFaultError(
             f"the predictor does not describe its model as it has to ({described(error)}): "
@@ -27,17 +31,26 @@ def facts_of(predictor: Predictor, unpacked: Unpacked) -> dict[str, Any]:
         ) from error
 
 
-def _description(predictor: Predictor) -> dict[str, Any]:
+_NAMES = (
+    "format", "container", "n_features", "feature_names", "n_outputs", "objective", "booster", "n_trees",
+    "best_iteration",
+)  # fmt: skip
+
+
+@lru_cache(_KINDS_SHARED)
+def _as_json(*facts: object) -> bytes:
+    return json.dumps(dict(zip(_NAMES, facts, strict=True))).encode()
+
+
+def _description(predictor: Predictor) -> Iterator[object]:
+    yield int(predictor.n_features)
     names = predictor.feature_names
-    return {
-        "n_features": int(predictor.n_features),
-        "feature_names": None if names is None else list(map(str, names)),
-        "n_outputs": int(predictor.n_outputs),
-        "objective": _optional(predictor, "objective", str),
-        "booster": _optional(predictor, "booster", str),
-        "n_trees": _optional(predictor, "n_trees", int),
-        "best_iteration": _optional(predictor, "best_iteration", int),
-    }
+    yield None if names is None else tuple(map(str, names))
+    yield int(predictor.n_outputs)
+    yield _optional(predictor, "objective", str)
+    yield _optional(predictor, "booster", str)
+    yield _optional(predictor, "n_trees", int)
+    yield _optional(predictor, "best_iteration", int)
 
 
 def _optional(predictor: Predictor, name: str, kind: Callable[[Any], T]) -> T | None:

@@ -34,7 +34,7 @@ class Limits(NamedTuple):
 class Unpacked(NamedTuple):
     """A model ready for XGBoost's parser, and where it was found."""
 
-    data: bytearray
+    data: bytes | bytearray
     format: Format
     container: Container
     member: str | None
@@ -75,7 +75,7 @@ _NO_MODEL: dict[bytes, str] = {
 }
 
 
-def model_format(data: bytearray, where: str) -> Format:
+def model_format(data: bytes | bytearray, where: str) -> Format:
     """Tell UBJSON from JSON as XGBoost does, and refuse what its parser overlooks or cannot explain."""
     found = _MODEL.match(data)
     if found is None:

@@ -23,8 +23,9 @@ _LARGEST_ARENA_CHUNK = 32 << 20  # glibc's upper bound for the threshold on 64-b
 
 _TOLERATED, _TOLERATED_SHARE = 256 << 10, 1 / 16
 """Bytes that may stay with the allocator for good, or their share of the models' bytes."""
-_PRESSING = 4
-"""So many times as many may stay while loads follow each other."""
+_PRESSING, _PRESSING_SHARE = 32 << 20, 1 / 4
+"""As many may stay while one order follows another: about what a worker without models takes. Trimmed in the midst of
+unloads, the heap would fetch page by page for the next loads, which takes as long as a quarter of their parses."""
 
 _PARSED = {"ubj": 3, "json": 11, "other": 1}
 """Bytes that parsing takes at its peak, per byte of the model, beyond what stays."""
@@ -87,22 +88,26 @@ class Scales:
         self._beside: int | None = None
         self._ahead = 0
         """Bytes in use already that belong to the model which is weighed next."""
+        self._made: int | None = None
+        """Bytes of what is set aside for a model, once they were weighed."""
 
     def begin(self, beside: int | None) -> None:
         """Begin with a model; ``beside`` bytes are held until its end, and were not before; None: nobody knows."""
-        if self._rest is None or beside is None:
-            self._before = self._heap.in_use()
-        else:
-            self._before = self._rest + beside
-        self._rest, self._beside = None, beside
+        resting = self._rest
+        before = self._heap.in_use() if resting is None or beside is None else resting + beside
+        self._before, self._beside = before - self._ahead, beside
+        self._rest, self._ahead = None, 0
 
     def end(self) -> int:
         """Return the bytes of the model, which is loaded."""
         after = self._heap.in_use()
         if self._beside is not None:
             self._rest = after - self._beside
-        weight, self._ahead = after - self._before + self._ahead, 0
-        return weight
+        return after - self._before
+
+    def pass_over(self) -> None:
+        """Do not weigh the model that is about to be loaded: what it takes is known."""
+        self._rest, self._ahead = None, 0
 
     def disturb(self) -> None:
         """Something was freed; how much it was is not certain, and errors would add up: another reading is due."""
@@ -112,13 +117,29 @@ class Scales:
         """Take the reading that is due; nothing must be arriving."""
         self._rest = self._heap.in_use()
 
-    def set_aside(self, make: Callable[[], None]) -> None:
-        """Come to rest, and ``make`` something that the next model is to have."""
-        self.come_to_rest()
-        before, self._rest = self._rest or 0, None
-        make()
-        self.come_to_rest()
-        self._ahead += (self._rest or 0) - before
+    @property
+    def at_rest(self) -> bool:
+        """True while the bytes in use are known, without a reading."""
+        return self._rest is not None
+
+    def set_aside(self, make: Callable[[], bool]) -> None:
+        """Have something made that the next model is to have: as many bytes each time.
+
+        ``make`` returns False if it was there already. The first time, the scales must be at rest.
+        """
+        if not make():
+            return
+        if self._made is None:
+            assert self._rest is not None
+            self._made = self._heap.in_use() - self._rest
+        if self._rest is not None:
+            self._rest += self._made
+        self._ahead += self._made
+
+    @property
+    def sets_aside(self) -> bool:
+        """True once it is known how many bytes that takes."""
+        return self._made is not None
 
 
 class Slack:
@@ -151,21 +172,18 @@ class Slack:
     @property
     def is_due(self) -> bool:
         """True if it should be given back when there is nothing else to do."""
-        return self._most_held - self._held + self._parsed >= self._tolerated
+        tolerated = max(_TOLERATED, self._held * _TOLERATED_SHARE)
+        return self._most_held - self._held + self._parsed >= tolerated
 
     @property
     def is_pressing(self) -> bool:
         """True if more models have left than those that come next are likely to take the place of."""
-        return self._most_held - self._held >= _PRESSING * self._tolerated
+        return self._most_held - self._held >= max(_PRESSING, self._held * _PRESSING_SHARE)
 
     def give_back(self) -> None:
         """Return it to the system."""
         self._heap.trim()
         self._most_held, self._parsed = self._held, 0
-
-    @property
-    def _tolerated(self) -> float:
-        return max(_TOLERATED, self._held * _TOLERATED_SHARE)
 
 
 def _handed_out(report: bytes, start: int) -> int:

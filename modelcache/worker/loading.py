@@ -61,7 +61,7 @@ _ESTIMATED_HEAP = 1.65
 
 class _Parsed(NamedTuple):
     predictor: Predictor
-    facts: dict[str, Any]
+    facts: bytes
     answer: Matrix | None
     """To the rows that came with the artifact."""
 
@@ -148,10 +148,10 @@ class ArtifactLane:
         except ArtifactError as error:
             self._fail(model, error.kind, str(error), error.facts)
 
-    def _open(self, model: int, allowed: int, digest: str, path: bytes) -> None:
+    def _open(self, model: int, allowed: int, digest: str, known: int, path: bytes) -> None:
         self._get_ready_to_hash()
         any_format = self._predictor is not XGBoostPredictor
-        arriving = self._arriving[model] = Arriving(allowed, digest, any_format=any_format)
+        arriving = self._arriving[model] = Arriving(allowed, digest, known=known, any_format=any_format)
         with self._refusing(model):
             arriving.adopt(read_copy(path))
 
@@ -184,7 +184,10 @@ class ArtifactLane:
             self._load(model, arriving.reader.finish())
 
     def _load(self, model: int, unpacked: Unpacked) -> None:
-        self._scales.begin(self._bytes_beside(model, unpacked))
+        if self._arriving[model].known:
+            self._scales.pass_over()
+        else:
+            self._scales.begin(self._bytes_beside(model, unpacked))
         self._prepared = False
         started = perf_counter()
         self._box.parsing = model
@@ -199,20 +202,28 @@ class ArtifactLane:
 
     def _settle(self, model: int, unpacked: Unpacked, parsed: _Parsed, seconds: float) -> None:
         """Weigh what was loaded, and report it; it may be asked from then on."""
-        size = self._scales.end()
-        if self._predictor is XGBoostPredictor or size <= 0:
-            size = _plausible(size, len(unpacked.data))
+        size = self._arriving[model].known or self._weighed(unpacked)
         self._models[model] = LoadedModel(parsed.predictor, size)
         self._slack.loaded(size)
         answer = parsed.answer
         frames = _frame(wire.ANSWER, model, answer.ndim, len(answer), answer.tobytes()) if answer is not None else b""
-        self._sock.sendall(frames + _report(wire.LOADED, model, size, {"seconds": seconds, **parsed.facts}))
+        took = wire.TOOK.pack(seconds, len(unpacked.data))
+        self._sock.sendall(frames + _frame(wire.LOADED, model, 0, size, took + parsed.facts))
+
+    def _weighed(self, unpacked: Unpacked) -> int:
+        size = self._scales.end()
+        if self._predictor is XGBoostPredictor or size <= 0:
+            return _plausible(size, len(unpacked.data))
+        return size
 
     def _end_load(self, model: int, unpacked: Unpacked, predictor: Predictor) -> None:
         save = self._arriving.pop(model).save
         if save is not None:
             self._save(model, predictor, unpacked, Path(save))
         self._slack.parsed(unpacked.format, len(unpacked.data))
+        if self._scales.sets_aside and not self._arriving:
+            self._scales.set_aside(self._make_ahead)  # while the parent reads the report
+            self._prepared = self._scales.at_rest
 
     def _bytes_beside(self, model: int, unpacked: Unpacked) -> int | None:
         """Return the bytes that are held for this load alone; None if that is not known."""
@@ -222,8 +233,9 @@ class ArtifactLane:
 
     def _parse(self, model: int, unpacked: Unpacked) -> _Parsed | None:
         """Return the model, what it says of itself and to the first call, None if the load has failed."""
-        # What another library may need, nobody knows.
-        most = most_bytes(len(unpacked.data), self._threads) if self._predictor is XGBoostPredictor else None
+        # What another library may need, nobody knows; and a copy is of what has been loaded already.
+        is_bounded = self._predictor is XGBoostPredictor and not self._arriving[model].is_copy
+        most = most_bytes(len(unpacked.data), self._threads) if is_bounded else None
         try:
             with growing_by(most):
                 return self._read(memoryview(unpacked.data), self._arriving[model].rows, unpacked)
@@ -302,8 +314,12 @@ class ArtifactLane:
     def _prepare(self) -> None:
         """Do ahead what the next load would have to do."""
         if self._predictor is XGBoostPredictor:
-            self._scales.set_aside(lambda: XGBoostPredictor.prepare(threads=self._threads))
+            self._scales.come_to_rest()
+            self._scales.set_aside(self._make_ahead)
         self._prepared = True
+
+    def _make_ahead(self) -> bool:
+        return XGBoostPredictor.prepare(threads=self._threads)
 
     def _convert(self) -> None:
         self._box.converting = self._conversions.next
@@ -332,9 +348,10 @@ def _frame(kind: int, model: int, dimensions: int, number: int, payload: bytes) 
     return wire.ARTIFACT.pack(len(payload), kind, dimensions, 0, model, number) + payload
 
 
-def _copy_in(payload: memoryview) -> tuple[str, bytes]:
-    """Return the digest and the path that an OPEN frame has."""
-    return payload[: wire.DIGEST].hex(), bytes(payload[wire.DIGEST :])
+def _copy_in(payload: memoryview) -> tuple[str, int, bytes]:
+    """Return what an OPEN frame has: the digest of a copy, the bytes it is known to take, and its path."""
+    digest, known = wire.COPY.unpack_from(payload)
+    return digest.hex(), known, bytes(payload[wire.COPY.size :])
 
 
 def _facts_in(payload: memoryview) -> dict[str, Any]:

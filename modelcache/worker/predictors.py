@@ -127,19 +127,22 @@ class XGBoostPredictor:
     def load_for(cls, data: memoryview, rows: Matrix | None, *, threads: int) -> tuple[Self, Matrix | None]:
         """Return the model in ``data`` and what it predicts for ``rows``; None if it does not take them."""
         self = cls(_made_ahead.pop() if _made_ahead else _new_booster(threads))
+        account = read_ends(data)  # before the parse, which takes the processor's caches for itself
         buffer = np.frombuffer(data, np.uint8)
         _check(_library().XGBoosterLoadModelFromBuffer(self._handle, buffer.ctypes.data, len(buffer)))
-        self._read_facts(data)
+        self._read_facts(account or self._account())
         self._choose_path()
         answer = self._try_on(rows) if rows is not None and rows.shape[1] == self.n_features else None
         self._note_shape(answer if answer is not None else self.predict(self._missing_row(), "value"))
         return self, answer
 
     @classmethod
-    def prepare(cls, *, threads: int) -> None:
-        """Make ahead what the next load begins with."""
-        if not _made_ahead:
-            _made_ahead.append(_new_booster(threads))
+    def prepare(cls, *, threads: int) -> bool:
+        """Make ahead what the next load begins with; False: it is there already."""
+        if _made_ahead:
+            return False
+        _made_ahead.append(_new_booster(threads))
+        return True
 
     @classmethod
     def sample(cls) -> bytes:
@@ -180,8 +183,8 @@ class XGBoostPredictor:
     def __del__(self) -> None:
         _library().XGBoosterFree(self._handle)
 
-    def _read_facts(self, data: memoryview) -> None:
-        self.booster, self.objective, self.n_trees = read_ends(data) or self._account()
+    def _read_facts(self, account: Account) -> None:
+        self.booster, self.objective, self.n_trees = account
         self.n_features = _number(_library().XGBoosterGetNumFeature, ctypes.c_uint64, self._handle)
         self.feature_names = _feature_names(self._handle)
         self.best_iteration = _best_iteration(self._handle)

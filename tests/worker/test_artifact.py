@@ -135,7 +135,7 @@ def test_xgboost_loads_what_comes_out(models: Models, form: str) -> None:
     """The buffer is what XGBoost's parser takes, and the predictions are the same."""
     rows = xgb.DMatrix(np.eye(4, dtype=np.float32))
     unpacked = read(packed(member("model.bin", getattr(models, form))))
-    loaded = xgb.Booster(model_file=unpacked.data)
+    loaded = xgb.Booster(model_file=bytearray(unpacked.data))
     np.testing.assert_array_equal(loaded.predict(rows), models.booster.predict(rows))
 
 

@@ -25,6 +25,7 @@ from lone_worker import PATIENCE, LoneWorker, ask, bare, read_reply
 from modelcache.pool import wire
 from modelcache.pool.pool import XGBOOST
 from modelcache.testing import FakeClock
+from modelcache.worker.arriving import read_copy
 from modelcache.worker.models import LoadedModel
 from modelcache.worker.predicting import RequestLane
 
@@ -519,7 +520,7 @@ def test_a_model_is_saved_in_the_form_that_loads_fastest(
     assert saved.facts == {"digest": digest}
     assert path.stat().st_mode & 0o777 == 0o600
     assert form == "json" or copy == model.ubj
-    xgboost_worker.command(wire.OPEN, 36, 1 << 30, bytes.fromhex(digest) + bytes(path))
+    xgboost_worker.command(wire.OPEN, 36, 1 << 30, wire.COPY.pack(bytes.fromhex(digest), 0) + bytes(path))
     xgboost_worker.command(wire.END, 36)
     report = xgboost_worker.report()
     assert report.kind == wire.LOADED
@@ -593,10 +594,18 @@ def test_a_damaged_copy_is_refused_before_it_is_parsed(xgboost_worker: LoneWorke
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     for number, found in enumerate((path, tmp_path / "gone"), 38):
-        xgboost_worker.command(wire.OPEN, number, 1 << 30, bytes.fromhex(digest) + bytes(found))
+        xgboost_worker.command(wire.OPEN, number, 1 << 30, wire.COPY.pack(bytes.fromhex(digest), 0) + bytes(found))
         xgboost_worker.command(wire.END, number)
         report = xgboost_worker.report()
         assert (report.kind, report.facts["kind"]) == (wire.FAILED, "corrupt")
+
+
+def test_a_copy_may_come_in_pieces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Linux reads 2 GiB at once at most; here it is 100 bytes."""
+    path, data = tmp_path / "copy", bytes(range(256)) * 10
+    path.write_bytes(data)
+    monkeypatch.setattr(os, "read", lambda descriptor, size, read=os.read: read(descriptor, min(size, 100)))
+    assert read_copy(bytes(path)) == data
 
 
 def test_saving_leaves_no_bytes_in_the_worker(xgboost_worker: LoneWorker, tmp_path: Path) -> None:
