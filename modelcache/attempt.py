@@ -138,7 +138,7 @@ class Attempt:
             self._queued += time.perf_counter() - asked
             self._finish(last)
             facts = await self._outcome()
-        took = Took(facts.size, facts.unpacked_bytes)
+        took = Took(facts.size, facts.unpacked_bytes, facts.model.is_steady(facts.size))
         self._state.history.measured(self._flight.key, self._source.version, took)
         self._state.sizes.learn(self._kind, unpacked=took.unpacked, measured=took.size)
         await self._grow(Bounds(facts.size, facts.size))
@@ -152,12 +152,14 @@ class Attempt:
         """Claim the bytes that the load needs, and begin it."""
         sizes, kind = self._state.sizes, self._kind
         took = self._state.history.took(self._flight.key, self._source.version)
-        known, unpacked = took or (0, 0)
+        known, unpacked, is_steady = took or (0, 0, False)
         if known or self._needed:
             claim = await self._claim(Bounds(known, max(known, self._needed)))
             # What a small model takes beyond its ratio is in the measured bytes already: without the second figure
             # the worker would ask for more than was measured, and others would be evicted for it in vain.
-            await self._begin(max(sizes.unpacked_within(claim.bytes, kind), unpacked), known)
+            # The same version in as many bytes is the same model, and need not be weighed again.
+            weighed = known if is_steady and unpacked == self._source.size else 0
+            await self._begin(max(sizes.unpacked_within(claim.bytes, kind), unpacked), weighed)
             return
         unpacked = await self._unpacked_bytes()
         await self._claim(self._bounds(unpacked))
@@ -255,11 +257,11 @@ class Attempt:
 
     # The worker
 
-    async def _begin(self, allowed: int, known: int = 0) -> Loading:
+    async def _begin(self, allowed: int, weighed: int = 0) -> Loading:
         self._worker = await self._choose_worker()
         number, source = self._pool.next_number(), self._source
         if isinstance(source, DiskCopy):
-            self._loading = self._worker.open_copy(number, allowed, source.location, source.digest, known)
+            self._loading = self._worker.open_copy(number, allowed, source.location, source.digest, weighed)
         else:
             save = str(self._copy_to) if self._copy_to is not None else None
             self._loading = self._worker.begin_load(number, allowed, source.digest, save)

@@ -21,6 +21,8 @@ class Took(NamedTuple):
     size: int
     """On the heap, measured."""
     unpacked: int
+    steady: bool = False
+    """True if another reading would say the same."""
 
 
 @dataclass(slots=True, eq=False)
@@ -30,6 +32,7 @@ class Past:
     version: str | None = None
     size: int = 0
     unpacked: int = 0
+    steady: bool = False
     cost: float | None = None
     """Seconds its loads take: a moving average; None if none has succeeded."""
     load_seconds: float = 0.0
@@ -60,12 +63,13 @@ class History:
     def took(self, key: str, version: str) -> Took | None:
         """Return what this version took when it was loaded before."""
         past = self._past.get(key)
-        return Took(past.size, past.unpacked) if past is not None and past.version == version else None
+        known = past is not None and past.version == version
+        return Took(past.size, past.unpacked, past.steady) if past is not None and known else None
 
     def measured(self, key: str, version: str, took: Took) -> None:
         """Take note of a load, which may yet come to nothing since its bytes are not to be had."""
         past = self._of(key)
-        past.version, (past.size, past.unpacked) = version, took
+        past.version, (past.size, past.unpacked, past.steady) = version, took
 
     def settled(self, key: str) -> None:
         """Forget what is resident now."""
@@ -76,6 +80,7 @@ class History:
         past, place, arrival = self._of(entry.key), entry.value, entry.value.arrival
         past.version, past.unpacked = place.version, arrival.unpacked_bytes
         past.size = entry.size - place.rare.engine_bytes
+        past.steady = place.facts.is_steady(past.size)
         past.cost, past.load_seconds = entry.cost, arrival.load_seconds
         past.evicted_at, past.cause, past.displaced_by = now, entry.cause, entry.displaced_by
         past.hits, past.idle = entry.hits, idle

@@ -111,10 +111,9 @@ async def test_a_model_comes_back_without_the_store(make_registry: MakeRegistry,
     assert (await registry.invoke("m", ROWS)).tier == "memory"
 
 
-async def test_a_copy_is_charged_what_the_model_took_before(
-    make_registry: MakeRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """L1: it is weighed once; who starts anew weighs again."""
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What workers are told that a copy takes, load by load."""
     told, announce = list[int](), ArtifactChannel.open
 
     def listen(*order: Any) -> Any:
@@ -122,6 +121,13 @@ async def test_a_copy_is_charged_what_the_model_took_before(
         return announce(*order)
 
     monkeypatch.setattr(ArtifactChannel, "open", listen)
+    return told
+
+
+async def test_a_copy_is_charged_what_the_model_took_before(
+    make_registry: MakeRegistry, tmp_path: Path, told: list[int]
+) -> None:
+    """L1: it is weighed once; who starts anew weighs again."""
     first = await make_registry(Remote({"m.ubj": OLD.ubj}), disk_cache=tmp_path)
     await first.load("m")
     size = first.loaded()[0].size_bytes
@@ -133,6 +139,29 @@ async def test_a_copy_is_charged_what_the_model_took_before(
     second = await make_registry(Remote({}), disk_cache=tmp_path)
     await second.load("m")
     assert told == [size, size, 0]
+
+
+async def test_a_copy_in_other_bytes_is_weighed(make_registry: MakeRegistry, tmp_path: Path, told: list[int]) -> None:
+    """L1: what was weighed before was read from JSON, or was something else of the same version."""
+    registry = await make_registry(Remote({"m.json": OLD.json}), disk_cache=tmp_path)
+    await registry.load("m")
+    assert await reload(registry) == "disk"
+    size = registry.loaded()[0].size_bytes
+    assert await reload(registry) == "disk"
+    assert told == [0, size]
+
+
+async def test_a_model_with_many_names_is_weighed_each_time(
+    make_registry: MakeRegistry, tmp_path: Path, told: list[int]
+) -> None:
+    """L1: its readings differ by what XGBoost keeps of them for the loader, and the first is no better than others."""
+    registry = await make_registry(Remote({"m.ubj": zoo.wide(500)}), disk_cache=tmp_path)
+    await registry.load("m")
+    for _ in range(2):
+        await kept(registry)
+        await registry.unload("m")
+        await registry.load("m")
+    assert told == [0, 0]
 
 
 async def test_copies_survive_a_restart(make_registry: MakeRegistry, tmp_path: Path) -> None:
@@ -377,6 +406,17 @@ async def test_a_damaged_copy_that_cannot_be_dropped_is_passed_by(
 
     monkeypatch.setattr(tier, "drop", fail)
     assert await reload(registry) == "store"
+
+
+async def test_a_custom_predictor_may_write_to_its_bytes(make_registry: MakeRegistry, tmp_path: Path) -> None:
+    """They are its own, from the store and from a copy."""
+    registry = await make_registry(
+        Remote({"m.ubj": odd.artifact(on_load="write")}), predictor=odd.ODD, disk_cache=tmp_path
+    )
+    for tier in ("store", "disk"):
+        assert (await registry.invoke("m", [[odd.PREDICT, 2.0]])).tier == tier
+        await kept(registry)
+        await registry.unload("m")
 
 
 async def test_a_custom_predictor_gets_the_same_bytes_from_a_copy(make_registry: MakeRegistry, tmp_path: Path) -> None:

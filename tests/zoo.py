@@ -70,6 +70,15 @@ def model(kind: str = "regression", trees: int = 5, seed: int = 0, *, names: boo
     return Model(booster, bytes(booster.save_raw("ubj")), bytes(booster.save_raw("json")))
 
 
+def wide(columns: int) -> bytes:
+    """Return a model of many columns with names of 21 characters, as UBJSON."""
+    random = np.random.default_rng(0)
+    features = random.normal(size=(50, columns))
+    names = [f"customer_feature_{column:04}" for column in range(columns)]
+    matrix = xgb.DMatrix(features, features[:, 0], feature_names=names)
+    return bytes(xgb.train({"nthread": 1, "max_depth": 2}, matrix, 3).save_raw("ubj"))
+
+
 def _task(kind: str, target: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], dict[str, Any]]:
     classes = (target > 0).astype(int) + (target > 1)
     tasks: dict[str, tuple[np.ndarray[Any, Any], dict[str, Any]]] = {

@@ -39,8 +39,9 @@ _REFUSALS: dict[str, type[ModelCacheError]] = {
 }
 
 
-_FACTS_SHARED = 1024
-"""Models of one fleet are alike: thousands have the same columns, and few differ in anything else but their size."""
+_FACTS_SHARED, _LONGEST_SHARED = 1024, 4 << 10
+"""Models of one fleet are alike: thousands have the same columns, and few differ in anything else but their size. What
+is said of them is remembered, if it is no longer than this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +58,30 @@ class ModelFacts:
     n_trees: int | None
     best_iteration: int | None
 
+    def is_steady(self, size: int) -> bool:
+        """Say whether each reading of the ``size`` of such a model says about the same.
+
+        What XGBoost keeps of its columns' names, for the thread that loads it, is there already at times.
+        """
+        return len(self.feature_names or ()) * _NAME <= size * _SCATTER
+
+
+_NAME, _SCATTER = 100, 0.1
+"""Bytes of a name, about, and the share of a model's bytes by which readings differ otherwise."""
+
 
 @lru_cache(_FACTS_SHARED)
 def _shared_names(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-@lru_cache(_FACTS_SHARED)
-def _shared_facts(said: bytes) -> ModelFacts:
+def _read_facts(said: bytes) -> ModelFacts:
     facts = json.loads(said)
     facts["feature_names"] = _shared_names(tuple(facts["feature_names"])) if facts["feature_names"] else None
     return ModelFacts(**facts)
+
+
+_shared_facts = lru_cache(_FACTS_SHARED)(_read_facts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +98,9 @@ class LoadedFacts:
     def from_frame(cls, size: int, payload: bytes) -> LoadedFacts:
         """Read a LOADED frame."""
         seconds, unpacked = wire.TOOK.unpack_from(payload)
-        return cls(size, seconds, unpacked, _shared_facts(payload[wire.TOOK.size :]))
+        said = payload[wire.TOOK.size :]
+        read = _shared_facts if len(said) <= _LONGEST_SHARED else _read_facts
+        return cls(size, seconds, unpacked, read(said))
 
 
 @dataclass(frozen=True, slots=True)

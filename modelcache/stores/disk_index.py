@@ -104,7 +104,7 @@ class DiskCopy:
 
     @property
     def location(self) -> str:
-        """The path as text, which is made in a tenth of the time."""
+        """The same as text: a Path takes ten times as long to make, and a first call waits for it."""
         return os.path.join(self.folder, self.digest)  # noqa: PTH118 - see above
 
 

@@ -42,7 +42,7 @@ class Arriving:
             self._hash.update(chunk)
         self.reader.feed(chunk)
 
-    def adopt(self, data: bytes) -> None:
+    def adopt(self, data: bytes | bytearray) -> None:
         """Take all of a local copy."""
         self.holds_bytes = self.is_copy = True
         if self._hash is not None:
@@ -100,7 +100,8 @@ def _read(descriptor: int, size: int) -> bytes:
     data = os.read(descriptor, size)
     if len(data) == size:
         return data
-    pieces = [data]  # Linux reads 2 GiB at once at most
-    while pieces[-1]:
-        pieces.append(os.read(descriptor, size))
+    pieces, rest = [data], size - len(data)  # Linux reads 2 GiB at once at most
+    while rest and pieces[-1]:
+        pieces.append(os.read(descriptor, rest))
+        rest -= len(pieces[-1])
     return b"".join(pieces)

@@ -62,7 +62,7 @@ class ArtifactReader:
                 return
         self._opened().feed(data)
 
-    def adopt(self, data: bytes) -> None:
+    def adopt(self, data: bytes | bytearray) -> None:
         """Take all of what is no archive, whatever it looks like, and do not copy it."""
         if len(data) > self._limits.max_unpacked:
             raise too_many_bytes(self._limits)

@@ -9,21 +9,23 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from modelcache.worker.predictors import PredictorFaultError, described
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from modelcache.worker.formats import Unpacked
     from modelcache.worker.predictors import Predictor
 
 T = TypeVar("T")
 
-_KINDS_SHARED = 1024
-"""What is the same for all models of a fleet is written once."""
+_KINDS_SHARED, _NAMES_SHARED = 1024, 100
+"""What is the same for all models of a fleet is written once, unless it is much to keep, as they have many columns."""
 
 
 def facts_of(predictor: Predictor, unpacked: Unpacked) -> bytes:
     """Return the facts of a LOADED frame; PredictorFaultError if the predictor does not tell them."""
     try:
-        return _as_json(unpacked.format, unpacked.container, *_description(predictor))
+        columns, names, *rest = _description(predictor)
+        write = _shared_json if names is None or len(names) <= _NAMES_SHARED else _as_json
+        return write(unpacked.format, unpacked.container, columns, names, *rest)
     except Exception as error:
         raise PredictorFaultError(
             f"the predictor does not describe its model as it has to ({described(error)}): "
@@ -37,20 +39,24 @@ _NAMES = (
 )  # fmt: skip
 
 
-@lru_cache(_KINDS_SHARED)
 def _as_json(*facts: object) -> bytes:
     return json.dumps(dict(zip(_NAMES, facts, strict=True))).encode()
 
 
-def _description(predictor: Predictor) -> Iterator[object]:
-    yield int(predictor.n_features)
+_shared_json = lru_cache(_KINDS_SHARED)(_as_json)
+
+
+def _description(predictor: Predictor) -> tuple[Any, ...]:
     names = predictor.feature_names
-    yield None if names is None else tuple(map(str, names))
-    yield int(predictor.n_outputs)
-    yield _optional(predictor, "objective", str)
-    yield _optional(predictor, "booster", str)
-    yield _optional(predictor, "n_trees", int)
-    yield _optional(predictor, "best_iteration", int)
+    return (
+        int(predictor.n_features),
+        None if names is None else tuple(map(str, names)),
+        int(predictor.n_outputs),
+        _optional(predictor, "objective", str),
+        _optional(predictor, "booster", str),
+        _optional(predictor, "n_trees", int),
+        _optional(predictor, "best_iteration", int),
+    )
 
 
 def _optional(predictor: Predictor, name: str, kind: Callable[[Any], T]) -> T | None:

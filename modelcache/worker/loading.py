@@ -59,6 +59,12 @@ _ESTIMATED_HEAP = 1.65
 """Heap per unpacked byte where the allocator tells nothing."""
 
 
+_LEFT_OF_EACH, _LEFT_OF_EACH_NAME = 512, 64
+"""Bytes that XGBoost keeps of a booster for a thread that has asked it, and of each of its columns' names."""
+_MOST_LEFT = 1 << 20
+"""Bytes with which a thread goes on: to begin another takes as long as an unload."""
+
+
 class _Parsed(NamedTuple):
     predictor: Predictor
     facts: bytes
@@ -80,11 +86,15 @@ class ArtifactLane:
         self._box = box
         self._threads = threads
         self._predictor: type[Predictor]
+        self._sample: bytes | None = None
+        """A model to be loaded first, if the predictor has one."""
         self._arriving: dict[int, Arriving] = {}
         self._slack = Slack(heap)
         self._conversions = Conversions(models, heap, self._report_conversion)
         self._prepared = False
         """True while the next load can begin without a reading, and with a booster that is there already."""
+        self._left = 0
+        """Bytes that XGBoost keeps for the thread that loads, about."""
 
     def run(self, find_predictor: Callable[[], type[Predictor]]) -> None:
         """Report that the worker is up, or why it cannot be; then serve until end of file."""
@@ -98,6 +108,18 @@ class ArtifactLane:
         # What is there now stays: no collection needs to walk through it, while predictions stand still.
         gc.freeze()
         self._send(wire.HELLO, 0, os.getpid(), {"exact_heap": self._heap.exact})
+        while run_in_thread_of_its_own(self._serve):
+            self._left = 0
+            self._scales.pass_over()  # what the thread has left is free; and the next one begins with the sample
+            self._prepared = False
+
+    def _serve(self) -> bool:
+        """Serve until end of file; True: until this thread has too much to leave behind.
+
+        XGBoost keeps what it has last said of each booster for the thread that asked, and forgets it when that thread
+        frees the booster, or ends. But models are freed by others.
+        """
+        self._load_sample()
         _give_way()
         while self._inbox.fill(wait=not self._has_chores()):
             frames = self._inbox.frames()
@@ -107,6 +129,9 @@ class ArtifactLane:
                 self._do_a_chore()
             elif self._slack.is_pressing:
                 self._slack.give_back()
+            if self._left > _MOST_LEFT:
+                return True
+        return False
 
     def _warm_up(self) -> None:
         """Pay the library's one-time costs now: the first model would be charged for them, in time and bytes."""
@@ -115,15 +140,20 @@ class ArtifactLane:
         if sample is None:
             return
         try:
-            data: bytes = run_in_thread_of_its_own(sample)
-            loaded = LoadedModel(predictor.load(memoryview(data), threads=self._threads))
-            run_in_thread_of_its_own(loaded.free)
+            self._sample = run_in_thread_of_its_own(sample)
+            self._load_sample()
         except ImportError:  # of a package that is imported when it is needed
             raise
         except Exception as error:
             raise PredictorFaultError(
                 f"The predictor {predictor} cannot load its sample ({described(error)})."
             ) from error
+
+    def _load_sample(self) -> None:
+        """Have the library set up what it keeps for this thread."""
+        if self._sample is not None:
+            loaded = LoadedModel(self._predictor.load(memoryview(self._sample), threads=self._threads))
+            run_in_thread_of_its_own(loaded.free)
 
     def _take(self, kind: int, model: int, number: int, payload: memoryview) -> None:
         if kind == wire.BEGIN:
@@ -153,7 +183,8 @@ class ArtifactLane:
         any_format = self._predictor is not XGBoostPredictor
         arriving = self._arriving[model] = Arriving(allowed, digest, known=known, any_format=any_format)
         with self._refusing(model):
-            arriving.adopt(read_copy(path))
+            data = read_copy(path)
+            arriving.adopt(bytearray(data) if any_format else data)  # another library may write to its bytes
 
     def _get_ready_to_hash(self) -> None:
         if "hashlib" not in sys.modules:
@@ -221,6 +252,8 @@ class ArtifactLane:
         if save is not None:
             self._save(model, predictor, unpacked, Path(save))
         self._slack.parsed(unpacked.format, len(unpacked.data))
+        if isinstance(predictor, XGBoostPredictor):
+            self._left += _LEFT_OF_EACH + sum(_LEFT_OF_EACH_NAME + len(name) for name in predictor.feature_names or ())
         if self._scales.sets_aside and not self._arriving:
             self._scales.set_aside(self._make_ahead)  # while the parent reads the report
             self._prepared = self._scales.at_rest
