@@ -43,7 +43,7 @@ def artifact(**script: Any) -> bytes:
     """Return an artifact for :class:`Odd`.
 
     ``log``: a file to which each prediction appends a line with its values. ``gate``: a named pipe; a row that says
-    WAIT waits until it has been opened for writing and closed. ``on_load``: "abort", "wait", "refuse", or "write" to the bytes.
+    WAIT waits until it has been opened for writing and closed. ``on_load``: "abort", "wait", "refuse" or "write".
     ``tell``: "modules", "environment", "imports", "descriptors", "bound" or "frozen", given as the feature names.
     """
     return json.dumps({"learner": {}, "version": [3, 0, 0], **script}).encode()
