@@ -18,6 +18,7 @@ from modelcache.worker.archive import GZIP, Gunzip, Tar, checksum_holds, has_tar
 from modelcache.worker.formats import (
     BLOCK,
     ArtifactError,
+    Format,
     Limits,
     Unpacked,
     model_format,
@@ -63,10 +64,10 @@ class ArtifactReader:
         self._opened().feed(data)
 
     def adopt(self, data: bytes | bytearray) -> None:
-        """Take all of what is no archive, whatever it looks like, and do not copy it."""
+        """Take all of a local copy, which is a model in the form that loads fastest, and do not make another."""
         if len(data) > self._limits.max_unpacked:
             raise too_many_bytes(self._limits)
-        self._stage = _Raw(self._limits, data, any_format=self._any_format)
+        self._stage = _Copy(data, "other" if self._any_format else "ubj")
 
     def finish(self) -> Unpacked:
         """Say that there are no more chunks, and return the model."""
@@ -95,7 +96,7 @@ def _stage_for(head: bytes, limits: Limits, *, any_format: bool) -> _Stage:
     if checksum_holds(head):
         return Tar(limits, "tar", any_format=any_format)
     if head.startswith(b"{") or (any_format and head):
-        return _Raw(limits, bytearray(), any_format=any_format)
+        return _Raw(limits, any_format=any_format)
     if has_tar_magic(head):
         return Tar(limits, "tar")  # which will say what is wrong with it
     raise refusal(head, "the artifact")
@@ -104,10 +105,10 @@ def _stage_for(head: bytes, limits: Limits, *, any_format: bool) -> _Stage:
 class _Raw:
     """The artifact is the model."""
 
-    def __init__(self, limits: Limits, data: bytes | bytearray, *, any_format: bool) -> None:
+    def __init__(self, limits: Limits, *, any_format: bool) -> None:
         self._limits = limits
         self._any_format = any_format
-        self._data = data
+        self._data = bytearray()
 
     @property
     def declared(self) -> int:
@@ -121,3 +122,21 @@ class _Raw:
     def end(self) -> Unpacked:
         found = "other" if self._any_format else model_format(self._data, "the artifact")
         return Unpacked(self._data, found, "raw", None)
+
+
+class _Copy:
+    """A worker has written it: there is nothing to be found out."""
+
+    def __init__(self, data: bytes | bytearray, form: Format) -> None:
+        self._data = data
+        self._form = form
+
+    @property
+    def declared(self) -> int:
+        return len(self._data)
+
+    def feed(self, piece: memoryview) -> None:
+        assert not piece, "a copy comes whole"
+
+    def end(self) -> Unpacked:
+        return Unpacked(self._data, self._form, "raw", None)

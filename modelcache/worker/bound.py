@@ -35,9 +35,9 @@ def most_bytes(unpacked: int, threads: int) -> int:
 
 
 @contextlib.contextmanager
-def growing_by(most: int | None) -> Iterator[None]:
-    """Let this process grow by ``most`` bytes at most, where the kernel keeps such a bound: Linux; None: no bound."""
-    before = _lower(most) if most is not None else None
+def growing_by(most: int) -> Iterator[None]:
+    """Let this process grow by ``most`` bytes at most, where the kernel keeps such a bound: Linux."""
+    before = _lower(most)
     try:
         yield
     finally:

@@ -11,7 +11,7 @@ import gc
 import json
 import os
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from select import POLLIN, poll
 from threading import get_native_id
@@ -270,7 +270,7 @@ class ArtifactLane:
         is_bounded = self._predictor is XGBoostPredictor and not self._arriving[model].is_copy
         most = most_bytes(len(unpacked.data), self._threads) if is_bounded else None
         try:
-            with growing_by(most):
+            with growing_by(most) if most is not None else nullcontext():
                 return self._read(memoryview(unpacked.data), self._arriving[model].rows, unpacked)
         except PredictorFaultError as error:
             self._fail(model, "fault", str(error))
